@@ -1,0 +1,106 @@
+"""Checks of the child optimizers that a SequentialOptimizer is given."""
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import keras
+
+# Part of an update rule, so each child has its own.
+CHILD_SETTINGS = ("clipnorm", "clipvalue", "global_clipnorm", "weight_decay")
+
+
+def get_children(optimizers: Any) -> list[keras.optimizers.Optimizer]:
+    """Returns the optimizer of each phase, or raises.
+
+    Args:
+        optimizers: list or tuple of what `keras.optimizers.get` takes.
+
+    Raises:
+        ValueError: if an entry cannot be the child of a SequentialOptimizer.
+    """
+    if not isinstance(optimizers, Sequence) or isinstance(optimizers, str | bytes):
+        raise ValueError(
+            "`optimizers` must be a list of optimizers. "
+            f"Received: optimizers={optimizers!r}. "
+            "For a single one, pass `optimizers=[optimizer]`."
+        )
+    if not optimizers:
+        raise ValueError(
+            "`optimizers` must hold at least one optimizer. "
+            f"Received: optimizers={optimizers!r}. "
+            "Pass the optimizers in the order of their phases."
+        )
+    return [_get_child(identifier) for identifier in optimizers]
+
+
+def _get_child(identifier: Any) -> keras.optimizers.Optimizer:
+    try:
+        # `get` edits a config in place.
+        child = keras.optimizers.get(
+            copy.deepcopy(identifier) if isinstance(identifier, dict) else identifier
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _no_optimizer(identifier) from error
+    if child is None:
+        raise _no_optimizer(identifier)
+    if isinstance(child, keras.optimizers.LossScaleOptimizer):
+        raise ValueError(
+            "`optimizers` may not hold a `LossScaleOptimizer`, because a step that "
+            "it skips must not count for the boundaries. "
+            f"Received: `{child.name}`. Wrap the SequentialOptimizer instead: "
+            "`LossScaleOptimizer(SequentialOptimizer(...))`, with "
+            "`inner_optimizer` of the one you have among the children."
+        )
+    if child.loss_scale_factor is not None:
+        raise ValueError(
+            "A child in `optimizers` may not have a `loss_scale_factor`, because the "
+            "loss is scaled once for all of them. Received: "
+            f"loss_scale_factor={child.loss_scale_factor} on `{child.name}`. "
+            "Instead, set `loss_scale_factor` on the SequentialOptimizer."
+        )
+    return child
+
+
+def _no_optimizer(identifier: Any) -> ValueError:
+    return ValueError(
+        "Each entry of `optimizers` must be a `keras.optimizers.Optimizer` or what "
+        f"`keras.optimizers.get` takes. Received: {identifier!r} of type "
+        f"`{type(identifier).__name__}`. Pass an instance, such as "
+        "`keras.optimizers.Adam(1e-3)`."
+    )
+
+
+def check_names_differ(
+    name: str, children: Iterable[keras.optimizers.Optimizer]
+) -> None:
+    """Raises if two of an optimizer called `name` and its children share a name."""
+    names = Counter([name, *(child.name for child in children)])
+    repeated = sorted(name for name, count in names.items() if count > 1)
+    if repeated:
+        raise ValueError(
+            "A SequentialOptimizer and its children must have different names, "
+            "because their variables are told apart by them. "
+            f"Received: {repeated} more than once. Pass `name=...` to one of them, "
+            "or the same instance if you mean the same optimizer."
+        )
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Raises if a setting that belongs on a child is made on the parent.
+
+    Args:
+        settings: dict from the names of settings to their values.
+
+    Raises:
+        ValueError: if one of `CHILD_SETTINGS` is not `None`.
+    """
+    for name, value in settings.items():
+        if name in CHILD_SETTINGS and value is not None:
+            raise ValueError(
+                f"`{name}` must be set on the children of a SequentialOptimizer, "
+                "because it is part of their update rules. "
+                f"Received: {name}={value!r}. Instead, set `{name}` on the child "
+                "optimizer."
+            )

@@ -1,0 +1,158 @@
+"""What a saved SequentialOptimizer and the one it is loaded into must agree on.
+
+Keras finds a child in an h5 file by its class name (`adam`, `adam_1`), and
+TensorFlow finds it in a checkpoint by its position in `children`. Neither notices
+when the children have changed in between: state would silently go to the wrong
+child. So every file carries the layout that it was written with.
+"""
+
+import json
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import tensorflow as tf
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parts of a SequentialOptimizer that decide where its state belongs.
+
+    Args:
+        classes: class name of each child.
+        names: name of each child.
+        phases: for each phase the index of its child.
+        use_ema: whether the parent keeps moving averages.
+        gradient_accumulation_steps: as on the parent.
+    """
+
+    classes: tuple[str, ...]
+    names: tuple[str, ...]
+    phases: tuple[int, ...]
+    use_ema: bool
+    gradient_accumulation_steps: int | None
+
+    def to_json(self) -> bytes:
+        return json.dumps({"version": _VERSION, **asdict(self)}).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> "Layout":
+        """Reads what `to_json` wrote; raises ValueError on anything else."""
+        try:
+            fields = json.loads(text)
+            if fields.pop("version") != _VERSION:
+                raise ValueError("unknown version")
+            for key in ("classes", "names", "phases"):
+                fields[key] = tuple(fields[key])
+            return cls(**fields)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                "The saved layout of a `SequentialOptimizer` must be one that this "
+                f"version of sequential_optimizer writes (version {_VERSION}). "
+                f"Received: {text[:200]!r}. Load the file with the version of "
+                "sequential_optimizer that saved it, or check that it is intact."
+            ) from error
+
+    def describe(self) -> str:
+        return f"children {list(self.classes)} in phases {list(self.phases)}"
+
+
+def check_loadable(saved: Layout, current: Layout, by_position: bool) -> None:
+    """Raises if state saved under `saved` would go to the wrong place.
+
+    Warns if it goes to the right places, but not everything saved has a place or
+    not every place is filled.
+
+    Args:
+        saved: layout the file was written with.
+        current: layout of the optimizer that reads it.
+        by_position: whether the file tells children apart by their position
+            (`tf.train.Checkpoint`), rather than by their class (h5).
+
+    Raises:
+        ValueError: if the layouts cannot be reconciled.
+    """
+    for setting in ("use_ema", "gradient_accumulation_steps"):
+        before, now = getattr(saved, setting), getattr(current, setting)
+        if before != now:
+            raise ValueError(
+                f"`{setting}` must be what it was when the `SequentialOptimizer` "
+                f"was saved ({before}), because its state depends on it. "
+                f"Received: {setting}={now}. Create the optimizer with "
+                f"`{setting}={before}`, then load."
+            )
+    if saved.classes == current.classes and saved.phases == current.phases:
+        _check_names(saved, current)
+        return
+    common = min(len(saved.classes), len(current.classes))
+    if saved.classes[:common] != current.classes[:common]:
+        if by_position:
+            raise ValueError(
+                "The children of a `SequentialOptimizer` may only be added or "
+                "dropped at the end when it is restored from a checkpoint, which "
+                "tells them apart by their position. Received: a checkpoint of "
+                f"{saved.describe()} for {current.describe()}. Restore into the "
+                "sequence that was saved, and build the new one from its children."
+            )
+        _check_found_by_class(saved, current)
+    _check_names(saved, current)
+    warnings.warn(
+        f"A `SequentialOptimizer` saved with {saved.describe()} is loaded into one "
+        f"with {current.describe()}. Its iterations, and the children that both "
+        "have, go on where they were; a child that was not saved starts afresh.",
+        stacklevel=2,
+    )
+
+
+def _check_names(saved: Layout, current: Layout) -> None:
+    """Raises if the names say that children of one class changed places."""
+    for class_name in set(saved.classes):
+        before = _names_of(saved, class_name)
+        now = _names_of(current, class_name)
+        if sorted(before) == sorted(now) and before != now:
+            raise ValueError(
+                "Children of the same class must stay in the order in which they "
+                "were saved, because the file tells them apart by that order. "
+                f"Received: {before}, now {now}. Keep the order in `optimizers`."
+            )
+
+
+def _names_of(layout: Layout, class_name: str) -> list[str]:
+    pairs = zip(layout.classes, layout.names, strict=True)
+    return [name for class_, name in pairs if class_ == class_name]
+
+
+def _check_found_by_class(saved: Layout, current: Layout) -> None:
+    """Raises unless each class name leads to the same child as before."""
+    before, now = Counter(saved.classes), Counter(current.classes)
+    only_added_or_dropped = before <= now or now <= before
+    ambiguous = [name for name in before & now if before[name] != now[name]]
+    if only_added_or_dropped and not ambiguous:
+        return
+    raise ValueError(
+        "The children of a saved `SequentialOptimizer` must be recognizable by "
+        "their class: children may be added, dropped or reordered, not exchanged, "
+        "and not dropped or inserted before another of the same class. "
+        f"Received: a file of {saved.describe()} for {current.describe()}. Load it "
+        "into the sequence that was saved, and build the new one from its children."
+    )
+
+
+class CheckpointedLayout(tf.train.experimental.PythonState):
+    """Writes the layout into every `tf.train.Checkpoint`, checks it on restore.
+
+    TensorFlow restores Python state before any variable, so a refused checkpoint
+    leaves every variable as it was.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+
+    def serialize(self) -> bytes:
+        return self._layout.to_json()
+
+    def deserialize(self, string_value: Any) -> None:
+        check_loadable(Layout.from_json(string_value), self._layout, by_position=True)

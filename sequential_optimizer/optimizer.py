@@ -1,0 +1,701 @@
+"""The optimizer that hands each update to the child of the current phase."""
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from sequential_optimizer.boundaries import Phases, check_boundaries
+from sequential_optimizer.children import (
+    CHILD_SETTINGS,
+    check_names_differ,
+    check_settings,
+    get_children,
+)
+from sequential_optimizer.layout import CheckpointedLayout, Layout, check_loadable
+from sequential_optimizer.requirements import check_keras
+from sequential_optimizer.snapshots import find_snapshots
+from sequential_optimizer.switching import switch_case
+
+check_keras()
+
+# AutoGraph leaves the code of Keras as it is, and would otherwise rewrite ours.
+_as_written = tf.autograph.experimental.do_not_convert
+
+# Attributes that the base class makes in `build()`.
+_MADE_BY_BUILD = ("_model_variables_moving_average", "_accumulated_gradients")
+
+
+def _learning_rate_of_children() -> float:
+    """Stands where the base class wants a learning rate.
+
+    A callable, because from a float the base class would make a variable that
+    nothing reads, and callbacks would set it in vain.
+    """
+    raise RuntimeError("A SequentialOptimizer has the learning rate of its children.")
+
+
+@keras.saving.register_keras_serializable(package="sequential_optimizer")
+class SequentialOptimizer(keras.optimizers.Optimizer):
+    """Optimizer that runs several optimizers one after the other.
+
+    Every update is made by exactly one *child* optimizer. Which one follows from
+    the number of updates applied so far, decided inside the graph: the train step is
+    traced and compiled once, and a switch retraces nothing and resets nothing. Each
+    child's variables are created when the optimizer is built and are saved whether
+    or not its phase has begun.
+
+    **Boundary rule.** Update number `t`, counted from 0, runs in phase `k`, where
+    `k` is the number of leading boundaries that are <= `t`. A boundary `b` hence
+    means that the first `b` updates belong to the earlier child, as in optax'
+    `join_schedules` and PyTorch's `SequentialLR`. (Keras' own
+    `PiecewiseConstantDecay([b], ...)` changes one update later.) `advance()` ends a
+    phase earlier than its integer, or whenever you say if its boundary is `None`.
+
+    **Counting.** `iterations` counts updates that were applied: steps that a
+    `LossScaleOptimizer` skips do not count, and with `gradient_accumulation_steps` a
+    whole window is one update. Each child counts its own updates only, so its bias
+    correction and its `LearningRateSchedule` start at 0 when its first phase starts
+    and go on from there when the child comes back.
+
+    **Settings.** What spans the phases is set here: moving averages of the weights
+    (`use_ema`), gradient accumulation, `loss_scale_factor`. What belongs to an
+    update rule is set on the child: clipping and weight decay. The moving average
+    sees the weights after their constraints are applied.
+
+    Example:
+
+    >>> import tensorflow as tf
+    >>> from sequential_optimizer import SequentialOptimizer
+    >>> optimizer = SequentialOptimizer(
+    ...     [
+    ...         tf.keras.optimizers.Adam(1e-3),
+    ...         tf.keras.optimizers.SGD(1e-2, momentum=0.9),
+    ...     ],
+    ...     boundaries=[2],
+    ... )
+    >>> weight = tf.Variable([1.0, 2.0])
+    >>> for _ in range(3):
+    ...     print(int(optimizer.phase), optimizer.active_child().name)
+    ...     optimizer.apply([tf.ones(2)], [weight])
+    0 adam
+    0 adam
+    1 sgd
+
+    Args:
+        optimizers: list of the child optimizers in the order of their phases. Each
+            is a `keras.optimizers.Optimizer` or what `keras.optimizers.get` takes
+            (`"adam"`, a config). One instance may appear several times: it then
+            goes on with its own state, and costs one branch and one set of
+            variables. An instance that is already built is accepted if it was built
+            on the same variables, and keeps its state.
+        boundaries: list with one entry fewer than `optimizers`. An `int` >= 1 is the
+            number of updates, counted from the start of training, after which the
+            next phase starts; `None` is a phase that lasts until `advance()`. The
+            integers are strictly increasing and come before every `None`.
+        name: string, the name of the optimizer. Defaults to one made from the class
+            name.
+        use_ema: bool, whether to keep an exponential moving average of the weights
+            across all phases. Defaults to `False`.
+        ema_momentum: float in [0, 1], the momentum of that average. Defaults to
+            0.99.
+        ema_overwrite_frequency: int, the number of updates after which the weights
+            are overwritten by their average, or `None` (the default) to do so only
+            in `finalize_variable_values`, at the end of `fit`.
+        loss_scale_factor: float that the loss is multiplied and the gradients are
+            divided by, or `None` (the default).
+        gradient_accumulation_steps: int >= 2, the number of calls whose mean
+            gradient makes one update, or `None` (the default).
+
+    Raises:
+        ValueError: if an argument breaks one of the rules above, if two different
+            children have the same name, or if a child is a `LossScaleOptimizer` or
+            has a `loss_scale_factor`.
+    """
+
+    # --- construct -----------------------------------------------------------
+
+    def __init__(
+        self,
+        optimizers: Sequence[keras.optimizers.Optimizer | str | dict[str, Any]],
+        boundaries: Sequence[int | None],
+        name: str | None = None,
+        use_ema: bool = False,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_settings(kwargs)
+        child_of_phase = get_children(optimizers)
+        checked_boundaries = check_boundaries(boundaries, len(child_of_phase))
+        # Told apart by identity: two equal instances are two children.
+        indices: dict[int, int] = {}
+        children: list[keras.optimizers.Optimizer] = []
+        for child in child_of_phase:
+            if id(child) not in indices:
+                indices[id(child)] = len(children)
+                children.append(child)
+        super().__init__(
+            learning_rate=_learning_rate_of_children,
+            name=name,
+            use_ema=use_ema,
+            ema_momentum=ema_momentum,
+            ema_overwrite_frequency=ema_overwrite_frequency,
+            loss_scale_factor=loss_scale_factor,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            **{key: value for key, value in kwargs.items() if value is not None},
+        )
+        check_names_differ(self.name, children)
+        # The one attribute that leads to the children: saving follows every one that
+        # does and takes its name for a path, and callbacks take an optimizer with an
+        # attribute `optimizers` for a MultiOptimizer.
+        self.children = children
+        self._phases = Phases(
+            checked_boundaries,
+            tuple(indices[id(child)] for child in child_of_phase),
+        )
+        with keras.name_scope(self.name, caller=self):
+            self._min_phase = keras.Variable(
+                0,
+                name="min_phase",
+                dtype=self._iterations.dtype,
+                trainable=False,
+                aggregation="only_first_replica",
+            )
+        self._layout = CheckpointedLayout(self._get_layout())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in CHILD_SETTINGS:
+            check_settings({name: value})
+        if name == "learning_rate":
+            # The base classes would first read it, which in a graph is a switch of
+            # its own, and then track a variable that belongs to a child.
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    # --- look ----------------------------------------------------------------
+
+    @property
+    @_as_written
+    def phase(self) -> tf.Tensor:
+        """The phase that the next update runs in: a scalar int32 tensor.
+
+        An index into the `optimizers` that were passed, in eager and in graph code.
+        """
+        return self._phases.phase(self.iterations, self._min_phase)
+
+    def active_child(self) -> keras.optimizers.Optimizer:
+        """Returns the child of the current phase, outside of graphs.
+
+        Raises:
+            RuntimeError: in a `tf.function`, where the phase is not a Python value.
+        """
+        if not tf.executing_eagerly():
+            raise RuntimeError(
+                "`active_child()` must be called outside of a `tf.function`, because "
+                "the phase has no Python value while a graph is traced. Use the "
+                "tensor `phase` in the graph instead."
+            )
+        return self.children[int(self._active_index())]
+
+    @_as_written
+    def advance(self) -> tf.Tensor:
+        """Ends the current phase at the current iteration.
+
+        Does nothing in the last phase. Works in eager and in graph code, in
+        `tf.cond`, `tf.while_loop` and under XLA. The ended phase stays ended when
+        the optimizer is saved and loaded.
+
+        Returns:
+            The new phase, a scalar int32 tensor.
+        """
+        phase = self.phase
+        new_phase = tf.minimum(phase + 1, self._phases.last)
+        self.assign(
+            self._min_phase,
+            tf.where(
+                new_phase > phase,
+                tf.cast(new_phase, self._min_phase.dtype),
+                self._min_phase,
+            ),
+        )
+        return new_phase
+
+    @property
+    @_as_written
+    def learning_rate(self) -> Any:
+        """The learning rate of the current phase's child.
+
+        A variable or a scalar float tensor. Setting it sets the active child's: a
+        number, in eager or in graph code, or outside of graphs anything else that
+        the child takes. A child that was created with a `LearningRateSchedule`
+        raises `TypeError` when a number is set, as it does on its own.
+        """
+        if tf.executing_eagerly():
+            return self.active_child().learning_rate
+        return self._switch(
+            lambda i: tf.cast(self.children[i].learning_rate, keras.config.floatx())
+        )
+
+    @learning_rate.setter
+    @_as_written
+    def learning_rate(self, learning_rate: Any) -> None:
+        if tf.executing_eagerly():
+            self.active_child().learning_rate = learning_rate
+            return
+        if callable(learning_rate):
+            raise ValueError(
+                "`learning_rate` must be a number or a scalar tensor when it is set "
+                f"inside a `tf.function`. Received: learning_rate={learning_rate!r}. "
+                "Set a schedule outside of the graph, on the child itself."
+            )
+
+        def set_on_child(i: int) -> None:
+            self.children[i].learning_rate = learning_rate
+
+        self._switch(set_on_child)
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """The optimizer's own variables, then those of each child."""
+        variables = self._variables[:]
+        for child in self.children:
+            variables.extend(child.variables)
+        return variables
+
+    # --- build ---------------------------------------------------------------
+
+    def exclude_from_weight_decay(
+        self,
+        var_list: Iterable[Any] | None = None,
+        var_names: Iterable[str] | None = None,
+    ) -> None:
+        """Excludes variables from the weight decay of every child.
+
+        Args:
+            var_list: list of variables to exclude.
+            var_names: list of strings; a variable whose name matches one of them,
+                as a regular expression, is excluded.
+        """
+        var_list = None if var_list is None else list(var_list)
+        var_names = None if var_names is None else list(var_names)
+        for child in self.children:
+            child.exclude_from_weight_decay(var_list=var_list, var_names=var_names)
+
+    @_as_written
+    def build(self, variables: Iterable[Any]) -> None:
+        """Creates the variables of the optimizer and of every child.
+
+        Args:
+            variables: list of the variables to train.
+
+        Raises:
+            ValueError: if a child is already built on other variables.
+        """
+        if self.built:
+            return
+        variables = list(variables)
+        self._check_built_children(variables)
+        # Keras may call this while it traces the train step.
+        with tf.init_scope():
+            for child in self.children:
+                if not child.built:
+                    child.build(variables)
+            super().build(variables)
+            self._snapshots = tuple(
+                find_snapshots(child, variables) for child in self.children
+            )
+
+    def _check_built_children(self, variables: list[Any]) -> None:
+        keys = {self._var_key(variable) for variable in variables}
+        for child in self.children:
+            if not child.built:
+                continue
+            child_keys = {self._var_key(v) for v in child._trainable_variables}
+            if child_keys != keys:
+                raise ValueError(
+                    "A child in `optimizers` that is already built must have been "
+                    "built on the variables that the SequentialOptimizer trains. "
+                    f"Received: `{child.name}`, built on {len(child_keys)} variables "
+                    f"of which {len(child_keys & keys)} are among the {len(keys)} to "
+                    "train. Pass a new instance instead, "
+                    f"`{type(child).__name__}.from_config(child.get_config())`."
+                )
+
+    # --- apply ---------------------------------------------------------------
+
+    @_as_written
+    def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> tf.Tensor:
+        """Applies pairs (gradient, variable); see `apply`. Returns `iterations`."""
+        grads_and_vars = list(grads_and_vars)
+        self.apply(
+            [gradient for gradient, _ in grads_and_vars],
+            [variable for _, variable in grads_and_vars],
+        )
+        return self.iterations
+
+    @_as_written
+    def apply(
+        self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None
+    ) -> None:
+        """Updates the variables with the child of the current phase.
+
+        Args:
+            grads: list of gradients: tensors or `tf.IndexedSlices` with the shape of
+                their variable, or `None`. An empty list does nothing and is not
+                counted.
+            trainable_variables: list of the variables, in the order of `grads`.
+                Defaults to those that the optimizer was built on. The first call
+                builds the optimizer if nothing has yet.
+
+        Raises:
+            ValueError: if the optimizer is unbuilt and gets no variables, if there
+                are more or fewer gradients than variables, if a variable is not one
+                that it was built on, or if every gradient is `None`.
+        """
+        grads = list(grads)
+        if not grads:
+            return
+        variables = self._variables_for(grads, trainable_variables)
+        with tf.name_scope(self.name):
+            if self.loss_scale_factor is not None:
+                grads = self._unscale(grads, variables)
+            if self.gradient_accumulation_steps:
+                self._accumulate(grads, variables)
+            else:
+                self._update(grads, variables)
+            if self.use_ema:
+                self._update_averages()
+        # One operation: `Variable.assign_add` of Keras reads and writes, and under
+        # an asynchronous parameter server loses updates in between.
+        self.assign_add(self._iterations, 1)
+
+    def _variables_for(
+        self, grads: list[Any], trainable_variables: Sequence[Any] | None
+    ) -> list[Any]:
+        if trainable_variables is None:
+            if not self.built:
+                raise ValueError(
+                    "`trainable_variables` must be passed to `apply` while the "
+                    "optimizer is not built. Received: trainable_variables=None. "
+                    "Pass the variables, or call `optimizer.build(variables)` first."
+                )
+            variables = list(self._trainable_variables)
+        else:
+            variables = list(trainable_variables)
+        if len(grads) != len(variables):
+            raise ValueError(
+                "`grads` must have one entry for each variable. "
+                f"Received: {len(grads)} gradients for {len(variables)} variables. "
+                "Pass `None` for a variable without a gradient."
+            )
+        if all(gradient is None for gradient in grads):
+            raise ValueError(
+                "`grads` must hold a gradient for at least one variable. "
+                f"Received: {len(grads)} times `None`. Check that the loss depends "
+                "on the variables and is computed inside the `tf.GradientTape`."
+            )
+        self.build(variables)
+        unknown = [
+            variable
+            for variable in variables
+            if self._var_key(variable) not in self._trainable_variables_indices
+        ]
+        if unknown:
+            raise ValueError(
+                "`trainable_variables` must be among those that the optimizer was "
+                f"built on. Received: {[v.name for v in unknown]}. Create a new "
+                "optimizer for a model with other variables."
+            )
+        return variables
+
+    def _unscale(self, grads: list[Any], variables: list[Any]) -> list[Any]:
+        return [
+            gradient
+            if gradient is None or _is_overwritten(variable)
+            else keras.ops.divide(gradient, self.loss_scale_factor)
+            for gradient, variable in zip(grads, variables, strict=True)
+        ]
+
+    def _accumulate(self, grads: list[Any], variables: list[Any]) -> None:
+        """Adds to the accumulators, or empties them into an update."""
+        steps = self.gradient_accumulation_steps
+        accumulators = [
+            self._accumulated_gradients[self._get_variable_index(variable)]
+            for variable in variables
+        ]
+
+        def sums() -> list[Any]:
+            # Keras' own rule: the largest of what overwrites, the sum of gradients.
+            return [
+                None
+                if gradient is None
+                else keras.ops.maximum(gradient, accumulator)
+                if _is_overwritten(variable)
+                else keras.ops.add(gradient, accumulator)
+                for gradient, variable, accumulator in zip(
+                    _with_constant_shapes(grads, variables),
+                    variables,
+                    accumulators,
+                    strict=True,
+                )
+            ]
+
+        def add() -> None:
+            for accumulator, new_value in zip(accumulators, sums(), strict=True):
+                if new_value is not None:
+                    self.assign(accumulator, new_value)
+
+        def update() -> None:
+            means = [
+                total if total is None or _is_overwritten(variable) else total / steps
+                for total, variable in zip(sums(), variables, strict=True)
+            ]
+            self._update(means, variables)
+            for accumulator in accumulators:
+                self.assign(accumulator, tf.zeros_like(accumulator))
+
+        ends_window = (self._iterations + 1) % steps == 0
+        switch_case(tf.cast(ends_window, tf.int32), [add, update])
+
+    def _update(self, grads: list[Any], variables: list[Any]) -> None:
+        """Lets the child of the current phase make the update."""
+
+        def update_with(i: int) -> None:
+            child = self.children[i]
+            is_first = tf.equal(child.iterations, 0)
+            for copied, variable in self._snapshots[i]:
+                slot = child.variables[copied]
+                weight = self._trainable_variables[variable]
+                child.assign(slot, tf.where(is_first, weight, slot))
+            child.apply(_with_constant_shapes(grads, variables), variables)
+
+        self._switch(update_with)
+
+    def _switch(self, branch: Callable[[int], Any]) -> Any:
+        """Runs `branch` on the index of the current phase's child, in the graph."""
+        return switch_case(
+            self._active_index(),
+            [functools.partial(branch, i) for i in range(len(self.children))],
+        )
+
+    def _active_index(self) -> tf.Tensor:
+        return self._phases.child(self.phase)
+
+    def _update_averages(self) -> None:
+        self._update_model_variables_moving_average(self._trainable_variables)
+        if not self.ema_overwrite_frequency:
+            return
+
+        def overwrite() -> None:
+            self._overwrite_model_variables_with_average_value(
+                self._trainable_variables
+            )
+            # The average of weights on, say, a sphere is not on it.
+            for variable in self._trainable_variables:
+                if variable.constraint is not None:
+                    self.assign(variable, variable.constraint(variable))
+
+        is_due = (self.iterations + 1) % self.ema_overwrite_frequency == 0
+        tf.cond(is_due, overwrite, lambda: None)
+
+    def finalize_variable_values(self, var_list: Iterable[Any]) -> None:
+        """Sets the final values of the weights, as `fit` does at its end.
+
+        With `use_ema` they become their moving average. Otherwise the child that
+        made the last update decides, so a child's own moving average counts if
+        training ends in its phase.
+
+        Args:
+            var_list: list of the variables that the optimizer was built on.
+        """
+        var_list = list(var_list)
+        if self.use_ema:
+            super().finalize_variable_values(var_list)
+            return
+        phase = int(self._phases.phase(self.iterations - 1, self._min_phase))
+        # A phase that has begun may not have made an update yet.
+        while phase > 0 and int(self._child_of(phase).iterations) == 0:
+            phase -= 1
+        if int(self._child_of(phase).iterations) > 0:
+            self._child_of(phase).finalize_variable_values(var_list)
+
+    def _child_of(self, phase: int) -> keras.optimizers.Optimizer:
+        return self.children[self._phases.children[phase]]
+
+    # --- save ----------------------------------------------------------------
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments, never the state.
+
+        `optimizers` holds each child once, and `phases` for each phase the index of
+        its child.
+        """
+        return {
+            "name": self.name,
+            "optimizers": [
+                keras.saving.serialize_keras_object(child) for child in self.children
+            ],
+            "phases": list(self._phases.children),
+            "boundaries": list(self._phases.boundaries),
+            "use_ema": self.use_ema,
+            "ema_momentum": self.ema_momentum,
+            "ema_overwrite_frequency": self.ema_overwrite_frequency,
+            "loss_scale_factor": self.loss_scale_factor,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+        }
+
+    @classmethod
+    def from_config(
+        cls,
+        config: dict[str, Any],
+        custom_objects: dict[str, Any] | None = None,
+    ) -> "SequentialOptimizer":
+        """Creates an optimizer from what `get_config` returned.
+
+        Args:
+            config: dict, left as it is.
+            custom_objects: dict from names to the user's own classes and functions
+                that the children need.
+        """
+        # Keras edits nested configs in place.
+        config = copy.deepcopy(config)
+        children = [
+            keras.saving.deserialize_keras_object(child, custom_objects=custom_objects)
+            for child in config["optimizers"]
+        ]
+        phases = config.pop("phases", range(len(children)))
+        config["optimizers"] = [children[i] for i in phases]
+        return cls(**config)
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Sets the values of `variables`, those of the children included.
+
+        Args:
+            weights: list of arrays with the shapes of `variables`, in their order.
+
+        Raises:
+            ValueError: if the optimizer is not built, or if the number of arrays or
+                a shape does not fit; nothing is set then.
+        """
+        if not self.built:
+            raise ValueError(
+                "The optimizer must be built before `set_weights` is called. Call "
+                "`optimizer.build(model.trainable_variables)` first."
+            )
+        arrays = [np.asarray(weight) for weight in weights]
+        _set_all("`weights`", arrays, self.variables)
+
+    def save_own_variables(self, store: Any) -> None:
+        """Writes the optimizer's own variables; children write theirs themselves."""
+        for i, variable in enumerate(self._variables):
+            store[str(i)] = variable.numpy()
+        store["built"] = np.asarray(self.built, np.uint8)
+        store["layout"] = np.frombuffer(self._get_layout().to_json(), np.uint8)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Reads what `save_own_variables` wrote, or raises and sets nothing.
+
+        Raises:
+            ValueError: if the file is not a SequentialOptimizer's, or was saved with
+                children or variables that this optimizer cannot tell apart.
+        """
+        keys = set(store.keys())
+        if not keys:
+            warnings.warn(
+                f"Skipping variable loading for optimizer '{self.name}', because the "
+                "file holds no variables of it.",
+                stacklevel=2,
+            )
+            return
+        if "layout" not in keys:
+            raise _not_saved_by_this_class(f"the {len(keys)} variables of another")
+        saved_layout = Layout.from_json(np.asarray(store["layout"]).tobytes())
+        if bool(np.asarray(store["built"])) and not self.built:
+            raise ValueError(
+                "The optimizer must be built before its state is loaded. Received: "
+                f"the file of a built optimizer for `{self.name}`, which is not. "
+                "Call `optimizer.build(model.trainable_variables)` first."
+            )
+        check_loadable(saved_layout, self._get_layout(), by_position=False)
+        values = [
+            np.asarray(store[str(i)]) for i in range(sum(key.isdigit() for key in keys))
+        ]
+        _set_all("The file", values, self._variables)
+
+    def _get_layout(self) -> Layout:
+        return Layout(
+            classes=tuple(type(child).__name__ for child in self.children),
+            names=tuple(child.name for child in self.children),
+            phases=self._phases.children,
+            use_ema=bool(self.use_ema),
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+        )
+
+    def _lookup_dependency(self, name: str, cached_dependencies: Any = None) -> Any:
+        # While TensorFlow restores a checkpoint it asks this, with the dependencies,
+        # for each part of the object that was saved, and without a word puts aside
+        # what is not found. There is no public place to notice that the saved object
+        # was a different optimizer.
+        found = super()._lookup_dependency(name, cached_dependencies)
+        restoring = cached_dependencies is not None
+        if restoring and found is None and name not in _MADE_BY_BUILD:
+            raise _not_saved_by_this_class(f"the checkpoint, with `{name}`, of another")
+        return found
+
+
+def _is_overwritten(variable: Any) -> bool:
+    """Whether the gradient of a variable is its new value (float8 scales)."""
+    return getattr(variable, "overwrite_with_gradient", False)
+
+
+def _with_constant_shapes(grads: list[Any], variables: list[Any]) -> list[Any]:
+    """Gives sparse gradients a shape that XLA knows inside of a branch.
+
+    XLA needs the number of rows when it compiles, and a shape from outside of the
+    branch is not a constant there (see `switch_case`).
+    """
+    return [
+        tf.IndexedSlices(gradient.values, gradient.indices, tuple(variable.shape))
+        if isinstance(gradient, tf.IndexedSlices)
+        else gradient
+        for gradient, variable in zip(grads, variables, strict=True)
+    ]
+
+
+def _set_all(
+    source: str, values: Sequence[np.ndarray], variables: Sequence[keras.Variable]
+) -> None:
+    """Sets all variables, or none if the number or a shape of `values` is wrong."""
+    received = [value.shape for value in values]
+    expected = [tuple(variable.shape) for variable in variables]
+    if received != expected:
+        different = [
+            f"{variable.path}: {shape} for {tuple(variable.shape)}"
+            for variable, shape in zip(variables, received, strict=False)
+            if shape != tuple(variable.shape)
+        ]
+        raise ValueError(
+            f"{source} must have one array, of the same shape, for each variable of "
+            f"the optimizer. Received: {len(received)} arrays for {len(expected)} "
+            f"variables; different shapes: {different[:3]}. Use an optimizer with the "
+            "same children, built on the same model variables."
+        )
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
+def _not_saved_by_this_class(received: str) -> ValueError:
+    return ValueError(
+        "State loaded into a `SequentialOptimizer` must have been saved from one. "
+        f"Received: {received} optimizer. To go on from another optimizer, load its "
+        "state into one of its own class, and pass that as the first of `optimizers`."
+    )

@@ -1,0 +1,70 @@
+"""Optimizer variables that `build` fills with the weights of the model.
+
+Schedule-free and lookahead optimizers keep a second copy of the weights, taken in
+`build()`. Every child is built before training begins, so by the time a later phase
+starts that copy is out of date and has to be taken again.
+"""
+
+from typing import Any
+
+import keras
+import numpy as np
+
+# Two shapes, because optimizers treat matrices and vectors differently, and values
+# that no initializer produces.
+_PROBES = {
+    "matrix": np.array([[0.1372, 0.8517], [0.4093, 0.6211]], np.float32),
+    "vector": np.array([0.2718, 0.5772], np.float32),
+}
+
+
+def find_snapshots(
+    child: keras.optimizers.Optimizer, variables: list[Any]
+) -> tuple[tuple[int, int], ...]:
+    """Returns which of a built child's variables `build` copied from the weights.
+
+    A twin of the child, made from its config, is built on two tiny variables; what
+    equals them afterwards is a copy, and its name tells its kind. The values of the
+    child itself would not do: a restored checkpoint changes them.
+
+    Args:
+        child: a built optimizer.
+        variables: the model's variables that it was built on.
+
+    Returns:
+        Pairs (index into `child.variables`, index into `variables`).
+    """
+    kinds = _copied_kinds(child)
+    if not kinds:
+        return ()
+    names = [variable.name for variable in child.variables]
+    return tuple(
+        (names.index(name), i)
+        for i, variable in enumerate(variables)
+        for kind in sorted(kinds)
+        if (name := f"{_prefix(variable)}_{kind}") in names
+    )
+
+
+def _copied_kinds(child: keras.optimizers.Optimizer) -> set[str]:
+    probes = [keras.Variable(value, name=name) for name, value in _PROBES.items()]
+    try:
+        twin = type(child).from_config(child.get_config())
+        twin.build(probes)
+    except Exception:  # noqa: BLE001
+        # Whatever a user's class raises here, it says that the class cannot be made
+        # from its config or does not take these shapes, not that training fails.
+        return set()
+    return {
+        slot.name.removeprefix(f"{_prefix(probe)}_")
+        for slot in twin.variables
+        for probe in probes
+        if slot.shape == probe.shape and np.array_equal(slot.numpy(), probe.numpy())
+    }
+
+
+def _prefix(variable: Any) -> str:
+    """The name that `Optimizer.add_variable_from_reference` starts with."""
+    if isinstance(variable, keras.Variable):
+        return variable.path.replace("/", "_")
+    return variable.name.replace("/", "_").replace(":", "_")

@@ -1,0 +1,46 @@
+"""`tf.switch_case` that XLA compiles no slower than its branches."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+# TensorFlow sets this attribute on a Case op created anywhere inside an XLA
+# function. XLA then asks of every input of the Case, every gradient of the model
+# among them, whether it is a compile-time constant, and answers by evaluating the
+# whole forward and backward pass in its reference interpreter: minutes for a
+# transformer, where the compilation proper takes seconds. No branch of ours needs
+# a constant from outside, so the question need not be asked.
+PROPAGATE_CONSTANTS = "_xla_propagate_compile_time_consts"
+
+
+def switch_case(index: tf.Tensor, branches: Sequence[Callable[[], Any]]) -> Any:
+    """Runs `branches[index]()`, inside the graph if there is one.
+
+    As `tf.switch_case`, except that one branch alone needs no switch and that the
+    Case op does not carry the attribute `PROPAGATE_CONSTANTS`. `branches` must not
+    need the value of an outer tensor at compile time (as a shape, say).
+
+    Args:
+        index: scalar int32 tensor, 0 <= index < len(branches).
+        branches: functions without arguments that return the same structure of
+            tensors, or `None`.
+
+    Returns:
+        What the branch returns.
+    """
+    if len(branches) == 1:
+        return branches[0]()
+    if tf.executing_eagerly():
+        return tf.switch_case(index, list(branches))
+    graph = tf.compat.v1.get_default_graph()
+    operations_before = len(graph.get_operations())
+    outputs = tf.switch_case(index, list(branches))
+    for operation in graph.get_operations()[operations_before:]:
+        if operation.type in ("Case", "StatelessCase"):
+            # Private, but the only way that also works when the switch sits inside
+            # another functional op: leaving the XLA context with
+            # `tf.control_dependencies(None)` does not, because TensorFlow looks at
+            # the enclosing graphs as well.
+            operation._set_attr(PROPAGATE_CONSTANTS, tf.compat.v1.AttrValue(b=False))
+    return outputs

@@ -1,0 +1,24 @@
+"""Fixtures that several test files share."""
+
+import os
+
+# Less noise on the screen; must be set before TensorFlow is imported.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import pytest
+
+MODES = ("eager", "graph", "xla")
+
+
+@pytest.fixture(params=MODES)
+def mode(request):
+    """Runs a test as eager code, as a graph and compiled by XLA."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    """Starts every test from the same seeds and the same automatic names."""
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(0)
