@@ -9,9 +9,12 @@ child. So every file carries the layout that it was written with.
 import json
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import keras
+import numpy as np
 import tensorflow as tf
 
 _VERSION = 1
@@ -138,6 +141,36 @@ def _check_found_by_class(saved: Layout, current: Layout) -> None:
         "and not dropped or inserted before another of the same class. "
         f"Received: a file of {saved.describe()} for {current.describe()}. Load it "
         "into the sequence that was saved, and build the new one from its children."
+    )
+
+
+def set_all(
+    source: str, values: Sequence[np.ndarray], variables: Sequence[keras.Variable]
+) -> None:
+    """Sets all variables, or none if the number or a shape of `values` is wrong."""
+    received = [value.shape for value in values]
+    expected = [tuple(variable.shape) for variable in variables]
+    if received != expected:
+        different = [
+            f"{variable.path}: {shape} for {tuple(variable.shape)}"
+            for variable, shape in zip(variables, received, strict=False)
+            if shape != tuple(variable.shape)
+        ]
+        raise ValueError(
+            f"{source} must have one array, of the same shape, for each variable of "
+            f"the optimizer. Received: {len(received)} arrays for {len(expected)} "
+            f"variables; different shapes: {different[:3]}. Use an optimizer with the "
+            "same children, built on the same model variables."
+        )
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
+def not_saved_from_one(received: str) -> ValueError:
+    return ValueError(
+        "State loaded into a `SequentialOptimizer` must have been saved from one. "
+        f"Received: {received} optimizer. To go on from another optimizer, load its "
+        "state into one of its own class, and pass that as the first of `optimizers`."
     )
 
 

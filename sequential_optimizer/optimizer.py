@@ -17,7 +17,19 @@ from sequential_optimizer.children import (
     check_settings,
     get_children,
 )
-from sequential_optimizer.layout import CheckpointedLayout, Layout, check_loadable
+from sequential_optimizer.gradients import (
+    add_to,
+    check_gradients,
+    divide,
+    with_constant_shapes,
+)
+from sequential_optimizer.layout import (
+    CheckpointedLayout,
+    Layout,
+    check_loadable,
+    not_saved_from_one,
+    set_all,
+)
 from sequential_optimizer.requirements import check_keras
 from sequential_optimizer.snapshots import find_snapshots
 from sequential_optimizer.switching import switch_case
@@ -367,7 +379,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         variables = self._variables_for(grads, trainable_variables)
         with tf.name_scope(self.name):
             if self.loss_scale_factor is not None:
-                grads = self._unscale(grads, variables)
+                grads = divide(grads, self.loss_scale_factor, variables)
             if self.gradient_accumulation_steps:
                 self._accumulate(grads, variables)
             else:
@@ -388,42 +400,22 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                     "optimizer is not built. Received: trainable_variables=None. "
                     "Pass the variables, or call `optimizer.build(variables)` first."
                 )
-            variables = list(self._trainable_variables)
-        else:
-            variables = list(trainable_variables)
-        if len(grads) != len(variables):
-            raise ValueError(
-                "`grads` must have one entry for each variable. "
-                f"Received: {len(grads)} gradients for {len(variables)} variables. "
-                "Pass `None` for a variable without a gradient."
-            )
-        if all(gradient is None for gradient in grads):
-            raise ValueError(
-                "`grads` must hold a gradient for at least one variable. "
-                f"Received: {len(grads)} times `None`. Check that the loss depends "
-                "on the variables and is computed inside the `tf.GradientTape`."
-            )
+            trainable_variables = self._trainable_variables
+        variables = list(trainable_variables)
+        check_gradients(grads, variables)
         self.build(variables)
         unknown = [
-            variable
+            variable.name
             for variable in variables
             if self._var_key(variable) not in self._trainable_variables_indices
         ]
         if unknown:
             raise ValueError(
                 "`trainable_variables` must be among those that the optimizer was "
-                f"built on. Received: {[v.name for v in unknown]}. Create a new "
-                "optimizer for a model with other variables."
+                f"built on. Received: {unknown}. Create a new optimizer for a model "
+                "with other variables."
             )
         return variables
-
-    def _unscale(self, grads: list[Any], variables: list[Any]) -> list[Any]:
-        return [
-            gradient
-            if gradient is None or _is_overwritten(variable)
-            else keras.ops.divide(gradient, self.loss_scale_factor)
-            for gradient, variable in zip(grads, variables, strict=True)
-        ]
 
     def _accumulate(self, grads: list[Any], variables: list[Any]) -> None:
         """Adds to the accumulators, or empties them into an update."""
@@ -434,20 +426,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         ]
 
         def sums() -> list[Any]:
-            # Keras' own rule: the largest of what overwrites, the sum of gradients.
-            return [
-                None
-                if gradient is None
-                else keras.ops.maximum(gradient, accumulator)
-                if _is_overwritten(variable)
-                else keras.ops.add(gradient, accumulator)
-                for gradient, variable, accumulator in zip(
-                    _with_constant_shapes(grads, variables),
-                    variables,
-                    accumulators,
-                    strict=True,
-                )
-            ]
+            return add_to(accumulators, grads, variables)
 
         def add() -> None:
             for accumulator, new_value in zip(accumulators, sums(), strict=True):
@@ -455,11 +434,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                     self.assign(accumulator, new_value)
 
         def update() -> None:
-            means = [
-                total if total is None or _is_overwritten(variable) else total / steps
-                for total, variable in zip(sums(), variables, strict=True)
-            ]
-            self._update(means, variables)
+            self._update(divide(sums(), steps, variables), variables)
             for accumulator in accumulators:
                 self.assign(accumulator, tf.zeros_like(accumulator))
 
@@ -476,7 +451,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                 slot = child.variables[copied]
                 weight = self._trainable_variables[variable]
                 child.assign(slot, tf.where(is_first, weight, slot))
-            child.apply(_with_constant_shapes(grads, variables), variables)
+            child.apply(with_constant_shapes(grads, variables), variables)
 
         self._switch(update_with)
 
@@ -592,7 +567,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                 "`optimizer.build(model.trainable_variables)` first."
             )
         arrays = [np.asarray(weight) for weight in weights]
-        _set_all("`weights`", arrays, self.variables)
+        set_all("`weights`", arrays, self.variables)
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the optimizer's own variables; children write theirs themselves."""
@@ -617,7 +592,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             )
             return
         if "layout" not in keys:
-            raise _not_saved_by_this_class(f"the {len(keys)} variables of another")
+            raise not_saved_from_one(f"the {len(keys)} variables of another")
         saved_layout = Layout.from_json(np.asarray(store["layout"]).tobytes())
         if bool(np.asarray(store["built"])) and not self.built:
             raise ValueError(
@@ -629,7 +604,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         values = [
             np.asarray(store[str(i)]) for i in range(sum(key.isdigit() for key in keys))
         ]
-        _set_all("The file", values, self._variables)
+        set_all("The file", values, self._variables)
 
     def _get_layout(self) -> Layout:
         return Layout(
@@ -648,54 +623,5 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         found = super()._lookup_dependency(name, cached_dependencies)
         restoring = cached_dependencies is not None
         if restoring and found is None and name not in _MADE_BY_BUILD:
-            raise _not_saved_by_this_class(f"the checkpoint, with `{name}`, of another")
+            raise not_saved_from_one(f"the checkpoint, with `{name}`, of another")
         return found
-
-
-def _is_overwritten(variable: Any) -> bool:
-    """Whether the gradient of a variable is its new value (float8 scales)."""
-    return getattr(variable, "overwrite_with_gradient", False)
-
-
-def _with_constant_shapes(grads: list[Any], variables: list[Any]) -> list[Any]:
-    """Gives sparse gradients a shape that XLA knows inside of a branch.
-
-    XLA needs the number of rows when it compiles, and a shape from outside of the
-    branch is not a constant there (see `switch_case`).
-    """
-    return [
-        tf.IndexedSlices(gradient.values, gradient.indices, tuple(variable.shape))
-        if isinstance(gradient, tf.IndexedSlices)
-        else gradient
-        for gradient, variable in zip(grads, variables, strict=True)
-    ]
-
-
-def _set_all(
-    source: str, values: Sequence[np.ndarray], variables: Sequence[keras.Variable]
-) -> None:
-    """Sets all variables, or none if the number or a shape of `values` is wrong."""
-    received = [value.shape for value in values]
-    expected = [tuple(variable.shape) for variable in variables]
-    if received != expected:
-        different = [
-            f"{variable.path}: {shape} for {tuple(variable.shape)}"
-            for variable, shape in zip(variables, received, strict=False)
-            if shape != tuple(variable.shape)
-        ]
-        raise ValueError(
-            f"{source} must have one array, of the same shape, for each variable of "
-            f"the optimizer. Received: {len(received)} arrays for {len(expected)} "
-            f"variables; different shapes: {different[:3]}. Use an optimizer with the "
-            "same children, built on the same model variables."
-        )
-    for variable, value in zip(variables, values, strict=True):
-        variable.assign(value)
-
-
-def _not_saved_by_this_class(received: str) -> ValueError:
-    return ValueError(
-        "State loaded into a `SequentialOptimizer` must have been saved from one. "
-        f"Received: {received} optimizer. To go on from another optimizer, load its "
-        "state into one of its own class, and pass that as the first of `optimizers`."
-    )

@@ -1,0 +1,73 @@
+"""Lists of gradients, one entry a variable.
+
+An entry is a tensor, a `tf.IndexedSlices` or `None`. Where the variable says so
+(`overwrite_with_gradient`, float8 scales), it is not a gradient but the new value:
+that is never divided, and over a window the largest counts, not the sum.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+def check_gradients(grads: Sequence[Any], variables: Sequence[Any]) -> None:
+    """Raises ValueError unless there is one entry a variable, and a gradient."""
+    if len(grads) != len(variables):
+        raise ValueError(
+            "`grads` must have one entry for each variable. "
+            f"Received: {len(grads)} gradients for {len(variables)} variables. "
+            "Pass `None` for a variable without a gradient."
+        )
+    if all(gradient is None for gradient in grads):
+        raise ValueError(
+            "`grads` must hold a gradient for at least one variable. "
+            f"Received: {len(grads)} times `None`. Check that the loss depends on "
+            "the variables and is computed inside the `tf.GradientTape`."
+        )
+
+
+def divide(grads: Sequence[Any], divisor: float, variables: Sequence[Any]) -> list[Any]:
+    """Divides every gradient by `divisor`."""
+    return [
+        gradient
+        if gradient is None or _is_new_value(variable)
+        else keras.ops.divide(gradient, divisor)
+        for gradient, variable in zip(grads, variables, strict=True)
+    ]
+
+
+def add_to(
+    accumulators: Sequence[Any], grads: Sequence[Any], variables: Sequence[Any]
+) -> list[Any]:
+    """Returns what the accumulators hold after `grads`, `None` for no gradient."""
+    grads = with_constant_shapes(grads, variables)
+    return [
+        None
+        if gradient is None
+        else keras.ops.maximum(gradient, accumulator)
+        if _is_new_value(variable)
+        else keras.ops.add(gradient, accumulator)
+        for gradient, variable, accumulator in zip(
+            grads, variables, accumulators, strict=True
+        )
+    ]
+
+
+def with_constant_shapes(grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+    """Gives sparse gradients a shape that XLA knows inside of a branch.
+
+    XLA needs the number of rows when it compiles, and a shape from outside of the
+    branch is not a constant there (see `switch_case`).
+    """
+    return [
+        tf.IndexedSlices(gradient.values, gradient.indices, tuple(variable.shape))
+        if isinstance(gradient, tf.IndexedSlices)
+        else gradient
+        for gradient, variable in zip(grads, variables, strict=True)
+    ]
+
+
+def _is_new_value(variable: Any) -> bool:
+    return getattr(variable, "overwrite_with_gradient", False)
