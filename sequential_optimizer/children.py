@@ -8,7 +8,13 @@ from typing import Any
 import keras
 
 # Part of an update rule, so each child has its own.
-CHILD_SETTINGS = ("clipnorm", "clipvalue", "global_clipnorm", "weight_decay")
+CHILD_SETTINGS = {
+    "clipnorm",
+    "clipvalue",
+    "global_clipnorm",
+    "learning_rate",
+    "weight_decay",
+}
 
 
 def get_children(optimizers: Any) -> list[keras.optimizers.Optimizer]:

@@ -162,7 +162,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             ema_overwrite_frequency=ema_overwrite_frequency,
             loss_scale_factor=loss_scale_factor,
             gradient_accumulation_steps=gradient_accumulation_steps,
-            **{key: value for key, value in kwargs.items() if value is not None},
+            **{key: kwargs[key] for key in kwargs.keys() - CHILD_SETTINGS},
         )
         check_names_differ(self.name, children)
         # The one attribute that leads to the children: saving follows every one that
@@ -184,14 +184,14 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         self._layout = CheckpointedLayout(self._get_layout())
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in CHILD_SETTINGS:
-            check_settings({name: value})
         if name == "learning_rate":
             # The base classes would first read it, which in a graph is a switch of
             # its own, and then track a variable that belongs to a child.
             object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
+            return
+        if name in CHILD_SETTINGS:
+            check_settings({name: value})
+        super().__setattr__(name, value)
 
     # --- look ----------------------------------------------------------------
 

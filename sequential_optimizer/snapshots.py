@@ -5,6 +5,8 @@ Schedule-free and lookahead optimizers keep a second copy of the weights, taken 
 starts that copy is out of date and has to be taken again.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -19,7 +21,7 @@ _PROBES = {
 
 
 def find_snapshots(
-    child: keras.optimizers.Optimizer, variables: list[Any]
+    child: keras.optimizers.Optimizer, variables: Sequence[Any]
 ) -> tuple[tuple[int, int], ...]:
     """Returns which of a built child's variables `build` copied from the weights.
 
@@ -34,16 +36,37 @@ def find_snapshots(
     Returns:
         Pairs (index into `child.variables`, index into `variables`).
     """
-    kinds = _copied_kinds(child)
-    if not kinds:
-        return ()
-    names = [variable.name for variable in child.variables]
+    positions = {id(slot): i for i, slot in enumerate(child.variables)}
     return tuple(
-        (names.index(name), i)
-        for i, variable in enumerate(variables)
-        for kind in sorted(kinds)
-        if (name := f"{_prefix(variable)}_{kind}") in names
+        (positions[id(slot)], i)
+        for optimizer in _optimizers_in(child)
+        for slot, i in _copies(optimizer, variables)
     )
+
+
+def _optimizers_in(child: keras.optimizers.Optimizer) -> list[Any]:
+    if hasattr(child, "children"):
+        return []  # A SequentialOptimizer looks after its own children.
+    if not hasattr(child, "optimizers"):
+        return [child]
+    inner = [_optimizers_in(optimizer) for optimizer in child.optimizers]
+    return list(itertools.chain.from_iterable(inner))
+
+
+def _copies(
+    optimizer: keras.optimizers.Optimizer, variables: Sequence[Any]
+) -> list[tuple[keras.Variable, int]]:
+    kinds = _copied_kinds(optimizer)
+    sources = {
+        f"{_prefix(variable)}_{kind}": i
+        for i, variable in enumerate(variables)
+        for kind in kinds
+    }
+    return [
+        (slot, sources[slot.name])
+        for slot in optimizer.variables
+        if slot.name in sources
+    ]
 
 
 def _copied_kinds(child: keras.optimizers.Optimizer) -> set[str]:

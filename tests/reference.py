@@ -23,13 +23,23 @@ def weights_of(variables: Sequence[Any]) -> list[np.ndarray]:
     return [np.array(v.numpy()) for v in variables]
 
 
-def run(optimizer, variables, gradients, mode) -> list[list[np.ndarray]]:
-    """Applies `gradients`, one list an update; returns the weights after each."""
+def as_they_are(*gradients: Any) -> tuple[Any, ...]:
+    return gradients
+
+
+def run(
+    optimizer: Any,
+    variables: Sequence[Any],
+    batches: Sequence[Sequence[Any]],
+    mode: str,
+    gradients: Callable = as_they_are,
+) -> list[list[np.ndarray]]:
+    """Applies `gradients(*batch)` of each batch; returns the weights after each."""
     optimizer.build(variables)
-    step = compiled(lambda *grads: optimizer.apply(grads, variables), mode)
+    step = _step(optimizer, variables, mode, gradients)
     history = []
-    for grads in gradients:
-        step(*grads)
+    for batch in batches:
+        step(*batch)
         history.append(weights_of(variables))
     if mode != "eager":
         assert step.experimental_get_tracing_count() == 1
@@ -37,7 +47,12 @@ def run(optimizer, variables, gradients, mode) -> list[list[np.ndarray]]:
 
 
 def run_plain(
-    optimizers, boundaries, variables, gradients, mode
+    optimizers: Sequence[Any],
+    boundaries: Sequence[int],
+    variables: Sequence[Any],
+    batches: Sequence[Sequence[Any]],
+    mode: str,
+    gradients: Callable = as_they_are,
 ) -> list[list[np.ndarray]]:
     """Does what `run` does with one plain optimizer a phase.
 
@@ -46,18 +61,23 @@ def run_plain(
     """
     steps: dict[int, Callable] = {}
     history = []
-    for t, grads in enumerate(gradients):
+    for t, batch in enumerate(batches):
         optimizer = optimizers[sum(boundary <= t for boundary in boundaries)]
         if id(optimizer) not in steps:
             optimizer.build(variables)
-            steps[id(optimizer)] = compiled(_apply_to(optimizer, variables), mode)
-        steps[id(optimizer)](*grads)
+            steps[id(optimizer)] = _step(optimizer, variables, mode, gradients)
+        steps[id(optimizer)](*batch)
         history.append(weights_of(variables))
     return history
 
 
-def _apply_to(optimizer, variables) -> Callable:
-    return lambda *grads: optimizer.apply(list(grads), variables)
+def _step(
+    optimizer: Any, variables: Sequence[Any], mode: str, gradients: Callable
+) -> Callable:
+    def step(*batch: Any) -> None:
+        optimizer.apply(list(gradients(*batch)), list(variables))
+
+    return compiled(step, mode)
 
 
 def make_variables(shapes=((3, 2), (2,)), dtype="float32", **kwargs):

@@ -1,0 +1,133 @@
+"""The graph of a step: what makes XLA compile it fast, and the private names in it."""
+
+import keras
+import pytest
+import tensorflow as tf
+
+from sequential_optimizer import SequentialOptimizer
+from sequential_optimizer.switching import PROPAGATE_CONSTANTS
+from tests.reference import make_gradients, make_variables
+
+CASES = ("Case", "StatelessCase")
+
+
+def adam_then_sgd(**kwargs):
+    children = [keras.optimizers.Adam(), keras.optimizers.SGD(0.01, momentum=0.9)]
+    return SequentialOptimizer(children, [3], **kwargs)
+
+
+SETTINGS = {
+    "plain": adam_then_sgd,
+    "accumulation": lambda: adam_then_sgd(gradient_accumulation_steps=2),
+    "loss scaling": lambda: keras.optimizers.LossScaleOptimizer(adam_then_sgd()),
+    "nested": lambda: SequentialOptimizer(
+        [keras.optimizers.SGD(0.1, name="first"), adam_then_sgd(name="inner")], [2]
+    ),
+}
+
+
+def nodes_of(function, *args):
+    """Returns the nodes of a traced function and of every function it calls."""
+    graph = function.get_concrete_function(*args).graph.as_graph_def()
+    nodes = list(graph.node)
+    for inner in graph.library.function:
+        nodes.extend(inner.node_def)
+    return nodes
+
+
+def cases_asking_for_constants(nodes):
+    cases = [node for node in nodes if node.op in CASES]
+    assert cases
+    return [node.name for node in cases if node.attr[PROPAGATE_CONSTANTS].b]
+
+
+@pytest.mark.parametrize("in_loop", [False, True], ids=["step", "while_loop"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_no_case_asks_xla_for_compile_time_constants(setting, in_loop):
+    variables = make_variables()
+    optimizer = SETTINGS[setting]()
+    optimizer.build(variables)
+
+    def step(*grads):
+        optimizer.apply(list(grads), variables)
+
+    @tf.function(jit_compile=True)
+    def train(*grads):
+        if in_loop:
+            for _ in tf.range(3):
+                step(*grads)
+        else:
+            step(*grads)
+
+    assert (
+        cases_asking_for_constants(nodes_of(train, *make_gradients(variables, 1)[0]))
+        == []
+    )
+
+
+def test_learning_rate_in_the_graph_does_not_ask_either():
+    optimizer = adam_then_sgd()
+
+    @tf.function(jit_compile=True)
+    def read():
+        return optimizer.learning_rate + 0.0
+
+    assert cases_asking_for_constants(nodes_of(read)) == []
+
+
+def test_tensorflow_still_makes_a_case_ask_for_compile_time_constants():
+    # If this fails, TensorFlow no longer sets the attribute: then `switch_case` in
+    # switching.py, with its private `_set_attr`, is not needed any more.
+    variable = tf.Variable(1.0)
+
+    @tf.function(jit_compile=True)
+    def step(index):
+        tf.switch_case(
+            index,
+            [lambda: variable.assign_add(1.0), lambda: variable.assign_add(2.0)],
+        )
+
+    nodes = nodes_of(step, tf.constant(0))
+    assert len(cases_asking_for_constants(nodes)) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_accumulated_gradients",
+        "_get_variable_index",
+        "_iterations",
+        "_lookup_dependency",
+        "_model_variables_moving_average",
+        "_overwrite_model_variables_with_average_value",
+        "_trainable_variables",
+        "_trainable_variables_indices",
+        "_update_model_variables_moving_average",
+        "_var_key",
+        "_variables",
+    ],
+)
+def test_private_name_of_the_base_class_is_still_there(name):
+    # If this fails, this version of Keras or TensorFlow renamed what optimizer.py
+    # builds upon; look there for the name.
+    optimizer = keras.optimizers.SGD(use_ema=True, gradient_accumulation_steps=2)
+    optimizer.build(make_variables())
+    assert hasattr(optimizer, name)
+
+
+def test_operations_still_have_the_private_set_attr():
+    assert hasattr(tf.Operation, "_set_attr")
+
+
+def test_nothing_is_public_by_accident():
+    import sequential_optimizer
+
+    assert sequential_optimizer.__all__ == ["SequentialOptimizer"]
+    own = {
+        name
+        for name in vars(SequentialOptimizer)
+        if not name.startswith("_") and not hasattr(keras.optimizers.Optimizer, name)
+    }
+    assert own == {"active_child", "advance", "phase"}
+    # Keras' callbacks take an optimizer that has it for a MultiOptimizer.
+    assert not hasattr(SequentialOptimizer(["adam"], []), "optimizers")

@@ -1,0 +1,74 @@
+"""Every Python example in the README and in a docstring runs."""
+
+import doctest
+import re
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import sequential_optimizer.optimizer
+from sequential_optimizer import SequentialOptimizer
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+@pytest.fixture
+def names(tmp_path, monkeypatch):
+    """What the examples take for granted: a model, data, and saved runs."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(32, 3)).astype(np.float32)
+    y = x.sum(axis=1, keepdims=True)
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model.compile("adam", loss="mse")
+    model.fit(x, y, verbose=0)
+    model.save("adam.keras")
+    return {
+        "SequentialOptimizer": SequentialOptimizer,
+        "batches": [(x, y)] * 3,
+        "loss_fn": keras.losses.MeanSquaredError(),
+        "model": model,
+        "tf": tf,
+        "x": x,
+        "y": y,
+    }
+
+
+def test_examples_of_the_readme(names):
+    blocks = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert int(names["resumed"].optimizer.iterations) == 20
+    assert int(names["resumed"].optimizer.phase) == 1
+    # `adam.keras` was saved after one update.
+    assert int(names["model"].optimizer.children[0].iterations) == 3
+
+
+def test_examples_of_the_docstrings():
+    results = doctest.testmod(sequential_optimizer.optimizer)
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+def test_boundary_table_of_the_readme():
+    rows = re.findall(
+        r"^\| (`optimizer.phase`|child that .*?)\s*\|(.*)\|$", README, re.M
+    )
+    phases, children = ([cell.strip() for cell in row.split("|")] for _, row in rows)
+    optimizer = SequentialOptimizer(["adam", "sgd"], [3])
+    weight = tf.Variable(1.0)
+    for phase, child in zip(phases, children, strict=True):
+        assert str(int(optimizer.phase)) == phase
+        assert optimizer.active_child().name == child
+        optimizer.apply([tf.constant(1.0)], [weight])
+
+
+def test_guarantees_of_the_readme_name_tests_that_exist():
+    tests = "\n".join(p.read_text() for p in Path(__file__).parent.glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", README)
+    assert named
+    assert [name for name in named if f"def {name}(" not in tests] == []
