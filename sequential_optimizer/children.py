@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
@@ -78,6 +78,16 @@ def _no_optimizer(identifier: Any) -> ValueError:
     )
 
 
+def distinct(
+    optimizers: Sequence[keras.optimizers.Optimizer],
+) -> tuple[list[keras.optimizers.Optimizer], tuple[int, ...]]:
+    """Returns each instance once, and for each entry its index among them."""
+    # Told apart by identity: two equal instances are two children.
+    children = list({id(child): child for child in optimizers}.values())
+    indices = {id(child): i for i, child in enumerate(children)}
+    return children, tuple(indices[id(child)] for child in optimizers)
+
+
 def check_names_differ(
     name: str, children: Iterable[keras.optimizers.Optimizer]
 ) -> None:
@@ -109,4 +119,33 @@ def check_settings(settings: dict[str, Any]) -> None:
                 "because it is part of their update rules. "
                 f"Received: {name}={value!r}. Instead, set `{name}` on the child "
                 "optimizer."
+            )
+
+
+def check_built_on(
+    variables: Iterable[Any],
+    children: Iterable[keras.optimizers.Optimizer],
+    key: Callable[[Any], Any],
+) -> None:
+    """Raises if a child that is already built was built on other variables.
+
+    Args:
+        variables: the variables to train.
+        children: optimizers, built or not.
+        key: function that returns the identity of a variable.
+
+    Raises:
+        ValueError: if the variables of a built child differ.
+    """
+    keys = {key(variable) for variable in variables}
+    for child in children:
+        child_keys = {key(variable) for variable in child._trainable_variables}
+        if child.built and child_keys != keys:
+            raise ValueError(
+                "A child in `optimizers` that is already built must have been built "
+                "on the variables that the SequentialOptimizer trains. "
+                f"Received: `{child.name}`, built on {len(child_keys)} variables of "
+                f"which {len(child_keys & keys)} are among the {len(keys)} to train. "
+                "Pass a new instance instead, "
+                f"`{type(child).__name__}.from_config(child.get_config())`."
             )

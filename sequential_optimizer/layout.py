@@ -144,6 +144,50 @@ def _check_found_by_class(saved: Layout, current: Layout) -> None:
     )
 
 
+def write_own(
+    store: Any, layout: Layout, variables: Sequence[keras.Variable], built: bool
+) -> None:
+    """Writes an optimizer's own variables and its layout into a Keras file.
+
+    Args:
+        store: the dict-like object that Keras passes to `save_own_variables`.
+        layout: the layout of the optimizer.
+        variables: its own variables, without those of the children.
+        built: whether it is built.
+    """
+    for i, variable in enumerate(variables):
+        store[str(i)] = variable.numpy()
+    store["built"] = np.asarray(built, np.uint8)
+    store["layout"] = np.frombuffer(layout.to_json(), np.uint8)
+
+
+def read_own(
+    store: Any, layout: Layout, variables: Sequence[keras.Variable], built: bool
+) -> None:
+    """Reads what `write_own` wrote, or raises ValueError and sets nothing."""
+    keys = set(store.keys())
+    if not keys:
+        warnings.warn(
+            "Skipping variable loading for a `SequentialOptimizer`, because the file "
+            "holds no variables of it.",
+            stacklevel=3,
+        )
+        return
+    if "layout" not in keys:
+        raise not_saved_from_one(f"the {len(keys)} variables of another")
+    saved_layout = Layout.from_json(np.asarray(store["layout"]).tobytes())
+    if np.asarray(store["built"]) and not built:
+        raise ValueError(
+            "A `SequentialOptimizer` must be built before the state of a built one is "
+            "loaded. Received: an optimizer without variables. "
+            "Call `optimizer.build(model.trainable_variables)` first."
+        )
+    check_loadable(saved_layout, layout, by_position=False)
+    count = sum(key.isdigit() for key in keys)
+    values = [np.asarray(store[str(i)]) for i in range(count)]
+    set_all("The file", values, variables)
+
+
 def set_all(
     source: str, values: Sequence[np.ndarray], variables: Sequence[keras.Variable]
 ) -> None:

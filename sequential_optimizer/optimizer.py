@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,8 +12,10 @@ import tensorflow as tf
 from sequential_optimizer.boundaries import Phases, check_boundaries
 from sequential_optimizer.children import (
     CHILD_SETTINGS,
+    check_built_on,
     check_names_differ,
     check_settings,
+    distinct,
     get_children,
 )
 from sequential_optimizer.gradients import (
@@ -26,9 +27,10 @@ from sequential_optimizer.gradients import (
 from sequential_optimizer.layout import (
     CheckpointedLayout,
     Layout,
-    check_loadable,
     not_saved_from_one,
+    read_own,
     set_all,
+    write_own,
 )
 from sequential_optimizer.requirements import check_keras
 from sequential_optimizer.snapshots import find_snapshots
@@ -145,15 +147,10 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         **kwargs: Any,
     ) -> None:
         check_settings(kwargs)
-        child_of_phase = get_children(optimizers)
-        checked_boundaries = check_boundaries(boundaries, len(child_of_phase))
-        # Told apart by identity: two equal instances are two children.
-        indices: dict[int, int] = {}
-        children: list[keras.optimizers.Optimizer] = []
-        for child in child_of_phase:
-            if id(child) not in indices:
-                indices[id(child)] = len(children)
-                children.append(child)
+        children, child_of_phase = distinct(get_children(optimizers))
+        phases = Phases(
+            check_boundaries(boundaries, len(child_of_phase)), child_of_phase
+        )
         super().__init__(
             learning_rate=_learning_rate_of_children,
             name=name,
@@ -169,10 +166,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         # does and takes its name for a path, and callbacks take an optimizer with an
         # attribute `optimizers` for a MultiOptimizer.
         self.children = children
-        self._phases = Phases(
-            checked_boundaries,
-            tuple(indices[id(child)] for child in child_of_phase),
-        )
+        self._phases = phases
         with keras.name_scope(self.name, caller=self):
             self._min_phase = keras.Variable(
                 0,
@@ -315,7 +309,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         if self.built:
             return
         variables = list(variables)
-        self._check_built_children(variables)
+        check_built_on(variables, self.children, self._var_key)
         # Keras may call this while it traces the train step.
         with tf.init_scope():
             for child in self.children:
@@ -325,22 +319,6 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             self._snapshots = tuple(
                 find_snapshots(child, variables) for child in self.children
             )
-
-    def _check_built_children(self, variables: list[Any]) -> None:
-        keys = {self._var_key(variable) for variable in variables}
-        for child in self.children:
-            if not child.built:
-                continue
-            child_keys = {self._var_key(v) for v in child._trainable_variables}
-            if child_keys != keys:
-                raise ValueError(
-                    "A child in `optimizers` that is already built must have been "
-                    "built on the variables that the SequentialOptimizer trains. "
-                    f"Received: `{child.name}`, built on {len(child_keys)} variables "
-                    f"of which {len(child_keys & keys)} are among the {len(keys)} to "
-                    "train. Pass a new instance instead, "
-                    f"`{type(child).__name__}.from_config(child.get_config())`."
-                )
 
     # --- apply ---------------------------------------------------------------
 
@@ -571,10 +549,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the optimizer's own variables; children write theirs themselves."""
-        for i, variable in enumerate(self._variables):
-            store[str(i)] = variable.numpy()
-        store["built"] = np.asarray(self.built, np.uint8)
-        store["layout"] = np.frombuffer(self._get_layout().to_json(), np.uint8)
+        write_own(store, self._get_layout(), self._variables, self.built)
 
     def load_own_variables(self, store: Any) -> None:
         """Reads what `save_own_variables` wrote, or raises and sets nothing.
@@ -583,28 +558,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             ValueError: if the file is not a SequentialOptimizer's, or was saved with
                 children or variables that this optimizer cannot tell apart.
         """
-        keys = set(store.keys())
-        if not keys:
-            warnings.warn(
-                f"Skipping variable loading for optimizer '{self.name}', because the "
-                "file holds no variables of it.",
-                stacklevel=2,
-            )
-            return
-        if "layout" not in keys:
-            raise not_saved_from_one(f"the {len(keys)} variables of another")
-        saved_layout = Layout.from_json(np.asarray(store["layout"]).tobytes())
-        if bool(np.asarray(store["built"])) and not self.built:
-            raise ValueError(
-                "The optimizer must be built before its state is loaded. Received: "
-                f"the file of a built optimizer for `{self.name}`, which is not. "
-                "Call `optimizer.build(model.trainable_variables)` first."
-            )
-        check_loadable(saved_layout, self._get_layout(), by_position=False)
-        values = [
-            np.asarray(store[str(i)]) for i in range(sum(key.isdigit() for key in keys))
-        ]
-        set_all("The file", values, self._variables)
+        read_own(store, self._get_layout(), self._variables, self.built)
 
     def _get_layout(self) -> Layout:
         return Layout(
