@@ -167,15 +167,21 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         # attribute `optimizers` for a MultiOptimizer.
         self.children = children
         self._phases = phases
+        # The lowest phase that may run: `advance()` ended those below it.
+        self._min_phase = self._add_counter("min_phase")
+        # The child that made the last update, which `finalize_variable_values` needs.
+        self._last_child = self._add_counter("last_child")
+        self._layout = CheckpointedLayout(self._get_layout())
+
+    def _add_counter(self, name: str) -> keras.Variable:
         with keras.name_scope(self.name, caller=self):
-            self._min_phase = keras.Variable(
+            return keras.Variable(
                 0,
-                name="min_phase",
+                name=name,
                 dtype=self._iterations.dtype,
                 trainable=False,
                 aggregation="only_first_replica",
             )
-        self._layout = CheckpointedLayout(self._get_layout())
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "learning_rate":
@@ -430,6 +436,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                 weight = self._trainable_variables[variable]
                 child.assign(slot, tf.where(is_first, weight, slot))
             child.apply(with_constant_shapes(grads, variables), variables)
+            self.assign(self._last_child, i)
 
         self._switch(update_with)
 
@@ -465,24 +472,18 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
 
         With `use_ema` they become their moving average. Otherwise the child that
         made the last update decides, so a child's own moving average counts if
-        training ends in its phase.
+        training ends with it. Before the first update nothing is set.
 
         Args:
             var_list: list of the variables that the optimizer was built on.
         """
-        var_list = list(var_list)
+        if int(self.iterations) == 0:
+            return  # Averages start at zero.
+        last_child = int(self._last_child)
         if self.use_ema:
-            super().finalize_variable_values(var_list)
-            return
-        phase = int(self._phases.phase(self.iterations - 1, self._min_phase))
-        # A phase that has begun may not have made an update yet.
-        while phase > 0 and int(self._child_of(phase).iterations) == 0:
-            phase -= 1
-        if int(self._child_of(phase).iterations) > 0:
-            self._child_of(phase).finalize_variable_values(var_list)
-
-    def _child_of(self, phase: int) -> keras.optimizers.Optimizer:
-        return self.children[self._phases.children[phase]]
+            super().finalize_variable_values(list(var_list))
+        elif last_child < len(self.children):  # else it was dropped since it was saved
+            self.children[last_child].finalize_variable_values(list(var_list))
 
     # --- save ----------------------------------------------------------------
 
