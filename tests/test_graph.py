@@ -100,6 +100,7 @@ def test_tensorflow_still_makes_a_case_ask_for_compile_time_constants():
         "_lookup_dependency",
         "_model_variables_moving_average",
         "_overwrite_model_variables_with_average_value",
+        "_trackable_children",
         "_trainable_variables",
         "_trainable_variables_indices",
         "_update_model_variables_moving_average",

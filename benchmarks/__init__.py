@@ -1,0 +1,1 @@
+"""Programs that measure the package; each is run with `python -m`."""
