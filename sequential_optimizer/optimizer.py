@@ -419,7 +419,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
 
         def update() -> None:
             self._update(divide(sums(), steps, variables), variables)
-            for accumulator in accumulators:
+            # All of them: this window ends for variables that were not passed, too.
+            for accumulator in self._accumulated_gradients:
                 self.assign(accumulator, tf.zeros_like(accumulator))
 
         ends_window = (self._iterations + 1) % steps == 0
@@ -467,6 +468,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         is_due = (self.iterations + 1) % self.ema_overwrite_frequency == 0
         tf.cond(is_due, overwrite, lambda: None)
 
+    @_as_written
     def finalize_variable_values(self, var_list: Iterable[Any]) -> None:
         """Sets the final values of the weights, as `fit` does at its end.
 
@@ -477,13 +479,21 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         Args:
             var_list: list of the variables that the optimizer was built on.
         """
-        if int(self.iterations) == 0:
-            return  # Averages start at zero.
-        last_child = int(self._last_child)
+        variables = list(var_list)
         if self.use_ema:
-            super().finalize_variable_values(list(var_list))
-        elif last_child < len(self.children):  # else it was dropped since it was saved
-            self.children[last_child].finalize_variable_values(list(var_list))
+            finalize = functools.partial(super().finalize_variable_values, variables)
+        else:
+            branches: list[Callable[[], None]] = [
+                functools.partial(child.finalize_variable_values, variables)
+                for child in self.children
+            ]
+            # The child may have been dropped since the optimizer was saved.
+            branches.append(lambda: None)
+            finalize = functools.partial(
+                switch_case, tf.cast(self._last_child, tf.int32), branches
+            )
+        # Averages start at zero.
+        tf.cond(tf.greater(self.iterations, 0), finalize, lambda: None)
 
     # --- save ----------------------------------------------------------------
 
