@@ -59,8 +59,9 @@ with without_info_logs():
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    from sequential_optimizer import SequentialOptimizer
+    from sequential_optimizer import SequentialOptimizer, plot_history
 
+PICTURE = Path(__file__).parent / "results" / "digits.png"
 BATCH = 32
 TEST_IMAGES = 360
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -275,20 +276,57 @@ class Progress:
         say(f"\r\x1b[K{text}" if self._redraws else text)
 
 
+class Curves:
+    """The loss of a run, epoch by epoch, in the columns that `plot_history` takes."""
+
+    def __init__(self, contestant: Contestant, digits: Digits):
+        self.columns: dict[str, list[float]] = {
+            "loss": [],
+            "test loss": [],
+            "phase": [],
+        }
+        self._contestant = contestant
+        self._digits = digits
+        self._losses: list[float] = []
+
+    def add(self, loss: float, phase: int) -> None:
+        """Adds the loss of an update, and the phase that it ran in."""
+        self._losses.append(loss)
+        if len(self._losses) * BATCH < len(self._digits.train[0]):
+            return
+        images, labels = self._digits.test
+        test_loss = LOSS(labels, self._contestant.model(images, training=False))
+        self.columns["loss"].append(float(np.mean(self._losses)))
+        self.columns["test loss"].append(float(test_loss))
+        self.columns["phase"].append(phase)
+        self._losses.clear()
+
+    def draw(self, path: Path) -> None:
+        """Writes the picture."""
+        names = [child.name for child in self._contestant.optimizer.children]
+        axes = plot_history(self.columns, metrics=("loss", "test loss"), names=names)
+        axes.set_yscale("log")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        axes.figure.savefig(path, dpi=120)
+
+
 def run_and_save(
     contestant: Contestant, digits: Digits, settings: Settings, folder: Path
-) -> None:
+) -> Curves:
     """Trains through the switch, and in mid-run saves the run in two ways."""
     optimizer, trainer = contestant.optimizer, contestant.trainer
     progress = Progress(settings.steps, "step")
-    child = optimizer.active_child()
+    curves = Curves(contestant, digits)
+    phase = int(optimizer.phase)
 
     def after_update(iterations: int, loss: float) -> None:
-        nonlocal child
+        nonlocal phase
+        curves.add(loss, phase)
         progress.update(iterations, loss=loss)
-        if optimizer.active_child() is not child:
-            before, child = child, optimizer.active_child()
-            progress.say(f"iteration {iterations}: {before.name} -> {child.name}")
+        before, phase = phase, int(optimizer.phase)
+        if phase != before:
+            names = [child.name for child in optimizer.children]
+            progress.say(f"iteration {iterations}: {names[before]} -> {names[phase]}")
 
     train(trainer.train_step, digits, range(settings.save_at), after_update)
     trainer.model.save(folder / "digits.keras")
@@ -299,6 +337,7 @@ def run_and_save(
     progress.say(f"iteration {settings.save_at}: saved to .keras and to a SavedModel")
     rest = range(settings.save_at, settings.steps)
     train(trainer.train_step, digits, rest, after_update)
+    return curves
 
 
 def load_keras(folder: Path) -> Trainer:
@@ -544,22 +583,23 @@ def make_contestants(settings: Settings) -> list[Contestant]:
     return contestants
 
 
-def show_one_run(sequence: Contestant, settings: Settings) -> None:
+def show_one_run(sequence: Contestant, settings: Settings) -> Curves:
     """Runs the sequence once, saves it before the switch and resumes it twice."""
     digits = Digits.load(seed=0, steps=settings.steps)
     sequence.restart(first_weights(0))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run_and_save(sequence, digits, settings, folder)
+        curves = run_and_save(sequence, digits, settings, folder)
         expected = sequence.trainer.state()
         sequence.evaluate(digits)
         say(f"loading both; comparing each bit of {len(expected)} variables at the end")
         for kind, load in ((".keras", load_keras), ("SavedModel", load_saved_model)):
             check_resume(kind, load(folder), digits, settings, expected)
+    return curves
 
 
-def run_all(settings: Settings) -> None:
-    """Does what the head of this file says.
+def run_all(settings: Settings, picture: Path | None) -> None:
+    """Does what the head of this file says, and draws the `picture` of one run.
 
     Raises:
         CheckError: if something that was to be shown is not so.
@@ -568,7 +608,10 @@ def run_all(settings: Settings) -> None:
     contestants = make_contestants(settings)
     sequence = contestants[-1]
     say(f"training with Adam, then SGD: {settings.steps} updates")
-    show_one_run(sequence, settings)
+    curves = show_one_run(sequence, settings)
+    if picture is not None:
+        curves.draw(picture)
+        say(f"loss of this run, with its phases: {picture}")
     say(f"training with Adam, SGD and the sequence: {settings.seeds} seeds")
     run_seeds(contestants, settings)
     say("timing the steps")
@@ -584,9 +627,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.digits", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--quick", action="store_true", help="seconds, not a minute")
-    settings = QUICK if parser.parse_args(argv).quick else Settings()
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        help="where to draw the loss of one run (default: benchmarks/results, or "
+        "nowhere with --quick)",
+    )
+    arguments = parser.parse_args(argv)
+    settings = QUICK if arguments.quick else Settings()
+    picture = arguments.picture or (None if arguments.quick else PICTURE)
     try:
-        run_all(settings)
+        run_all(settings, picture)
     except CheckError as error:
         print(f"FAILED: {error}", file=sys.stderr)
         return 1

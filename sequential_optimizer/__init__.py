@@ -1,7 +1,9 @@
 """Change the optimizer in the middle of training, inside one XLA graph."""
 
+from sequential_optimizer.callbacks import PhaseLogger, SwitchOnPlateau
 from sequential_optimizer.optimizer import SequentialOptimizer
+from sequential_optimizer.plotting import plot_history
 
 __version__ = "0.1.0"
 
-__all__ = ["SequentialOptimizer"]
+__all__ = ["PhaseLogger", "SequentialOptimizer", "SwitchOnPlateau", "plot_history"]

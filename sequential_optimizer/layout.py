@@ -7,6 +7,7 @@ child. So every file carries the layout that it was written with.
 """
 
 import json
+import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +19,9 @@ import numpy as np
 import tensorflow as tf
 
 _VERSION = 1
+
+# Place of the variable `last_phase` among an optimizer's own.
+_LAST_PHASE = 2
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,12 @@ class Layout:
                 f"Received: {text[:200]!r}. Load the file with the version of "
                 "sequential_optimizer that saved it, or check that it is intact."
             ) from error
+
+    def child_paths(self) -> list[tuple[str, int]]:
+        """What an h5 file tells the children apart by: class, and which of it."""
+        return [
+            (name, self.classes[:i].count(name)) for i, name in enumerate(self.classes)
+        ]
 
     def describe(self) -> str:
         return f"children {list(self.classes)} in phases {list(self.phases)}"
@@ -115,12 +125,23 @@ def _check_names(saved: Layout, current: Layout) -> None:
     for class_name in set(saved.classes):
         before = _names_of(saved, class_name)
         now = _names_of(current, class_name)
-        if sorted(before) == sorted(now) and before != now:
+        swapped = sorted(before) == sorted(now) and before != now
+        moved = any(
+            before.index(name) != now.index(name)
+            for name in set(before) & set(now)
+            if not _is_automatic(name, class_name)
+        )
+        if swapped or moved:
             raise ValueError(
                 "Children of the same class must stay in the order in which they "
                 "were saved, because the file tells them apart by that order. "
                 f"Received: {before}, now {now}. Keep the order in `optimizers`."
             )
+
+
+def _is_automatic(name: str, class_name: str) -> bool:
+    """Whether Keras may have made the name, counting what was created before."""
+    return re.sub(r"_?\d*$", "", name).replace("_", "").lower() == class_name.lower()
 
 
 def _names_of(layout: Layout, class_name: str) -> list[str]:
@@ -164,7 +185,7 @@ def write_own(
 def read_own(
     store: Any, layout: Layout, variables: Sequence[keras.Variable], built: bool
 ) -> None:
-    """Reads what `write_own` wrote, or raises ValueError and sets nothing."""
+    """Reads what `write_own` wrote into `variables`, or raises and sets none."""
     keys = set(store.keys())
     if not keys:
         warnings.warn(
@@ -185,7 +206,22 @@ def read_own(
     check_loadable(saved_layout, layout, by_position=False)
     count = sum(key.isdigit() for key in keys)
     values = [np.asarray(store[str(i)]) for i in range(count)]
+    values[_LAST_PHASE] = np.full_like(
+        values[_LAST_PHASE],
+        _same_phase(saved_layout, layout, int(values[_LAST_PHASE])),
+    )
     set_all("The file", values, variables)
+
+
+def _same_phase(saved: Layout, current: Layout, phase: int) -> int:
+    """Returns a phase whose child gets the state of the saved phase's, or -1."""
+    if phase < 0:
+        return -1
+    path = saved.child_paths()[saved.phases[phase]]
+    paths = [current.child_paths()[child] for child in current.phases]
+    if phase < len(paths) and paths[phase] == path:
+        return phase
+    return paths.index(path) if path in paths else -1
 
 
 def set_all(
@@ -227,9 +263,16 @@ class CheckpointedLayout(tf.train.experimental.PythonState):
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
+        # A refused checkpoint stays queued for variables that do not exist yet.
+        self.refused = False
 
     def serialize(self) -> bytes:
         return self._layout.to_json()
 
     def deserialize(self, string_value: Any) -> None:
-        check_loadable(Layout.from_json(string_value), self._layout, by_position=True)
+        try:
+            saved = Layout.from_json(string_value)
+            check_loadable(saved, self._layout, by_position=True)
+        except ValueError:
+            self.refused = True
+            raise

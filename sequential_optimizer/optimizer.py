@@ -32,6 +32,7 @@ from sequential_optimizer.layout import (
     set_all,
     write_own,
 )
+from sequential_optimizer.notes import Notes
 from sequential_optimizer.requirements import check_keras
 from sequential_optimizer.snapshots import find_snapshots
 from sequential_optimizer.switching import switch_case
@@ -95,11 +96,11 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     ... )
     >>> weight = tf.Variable([1.0, 2.0])
     >>> for _ in range(3):
-    ...     print(int(optimizer.phase), optimizer.active_child().name)
+    ...     print(int(optimizer.phase), type(optimizer.active_child()).__name__)
     ...     optimizer.apply([tf.ones(2)], [weight])
-    0 adam
-    0 adam
-    1 sgd
+    0 Adam
+    0 Adam
+    1 SGD
 
     Args:
         optimizers: list of the child optimizers in the order of their phases. Each
@@ -169,14 +170,16 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         self._phases = phases
         # The lowest phase that may run: `advance()` ended those below it.
         self._min_phase = self._add_counter("min_phase")
-        # The child that made the last update, which `finalize_variable_values` needs.
-        self._last_child = self._add_counter("last_child")
+        # The phase of the last update, which differs from `phase` at a switch; -1 if
+        # there was none, or the phases have changed since.
+        self._last_phase = self._add_counter("last_phase", -1)
         self._layout = CheckpointedLayout(self._get_layout())
+        self._notes = Notes()
 
-    def _add_counter(self, name: str) -> keras.Variable:
+    def _add_counter(self, name: str, value: int = 0) -> keras.Variable:
         with keras.name_scope(self.name, caller=self):
             return keras.Variable(
-                0,
+                value,
                 name=name,
                 dtype=self._iterations.dtype,
                 trainable=False,
@@ -310,10 +313,17 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             variables: list of the variables to train.
 
         Raises:
-            ValueError: if a child is already built on other variables.
+            ValueError: if a child is already built on other variables, or if the
+                optimizer refused a checkpoint that was restored before.
         """
         if self.built:
             return
+        if self._layout.refused:
+            raise ValueError(
+                "The optimizer must not be built after it refused a checkpoint, which "
+                "TensorFlow would still load into its new variables. "
+                f"Received: `{self.name}`. Create a new optimizer."
+            )
         variables = list(variables)
         check_built_on(variables, self.children, self._var_key)
         # Keras may call this while it traces the train step.
@@ -437,9 +447,10 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                 weight = self._trainable_variables[variable]
                 child.assign(slot, tf.where(is_first, weight, slot))
             child.apply(with_constant_shapes(grads, variables), variables)
-            self.assign(self._last_child, i)
 
+        phase = self.phase
         self._switch(update_with)
+        self.assign(self._last_phase, phase)
 
     def _switch(self, branch: Callable[[int], Any]) -> Any:
         """Runs `branch` on the index of the current phase's child, in the graph."""
@@ -482,18 +493,18 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         variables = list(var_list)
         if self.use_ema:
             finalize = functools.partial(super().finalize_variable_values, variables)
-        else:
-            branches: list[Callable[[], None]] = [
-                functools.partial(child.finalize_variable_values, variables)
-                for child in self.children
-            ]
-            # The child may have been dropped since the optimizer was saved.
-            branches.append(lambda: None)
-            finalize = functools.partial(
-                switch_case, tf.cast(self._last_child, tf.int32), branches
-            )
-        # Averages start at zero.
-        tf.cond(tf.greater(self.iterations, 0), finalize, lambda: None)
+            # The average starts at zero.
+            tf.cond(tf.greater(self.iterations, 0), finalize, lambda: None)
+            return
+        branches: list[Callable[[], None]] = [
+            functools.partial(child.finalize_variable_values, variables)
+            for child in self.children
+        ]
+        branches.append(lambda: None)  # for no phase
+        phase = tf.cast(self._last_phase, tf.int32)
+        known = tf.logical_and(phase >= 0, phase <= self._phases.last)
+        child = self._phases.child(tf.where(known, phase, 0))
+        switch_case(tf.where(known, child, len(self.children)), branches)
 
     # --- save ----------------------------------------------------------------
 
@@ -561,15 +572,17 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     def save_own_variables(self, store: Any) -> None:
         """Writes the optimizer's own variables; children write theirs themselves."""
         write_own(store, self._get_layout(), self._variables, self.built)
+        self._notes.write(store)
 
     def load_own_variables(self, store: Any) -> None:
-        """Reads what `save_own_variables` wrote, or raises and sets nothing.
+        """Reads what `save_own_variables` wrote, or raises and sets none of them.
 
         Raises:
             ValueError: if the file is not a SequentialOptimizer's, or was saved with
                 children or variables that this optimizer cannot tell apart.
         """
         read_own(store, self._get_layout(), self._variables, self.built)
+        self._notes.read(store)
 
     def _get_layout(self) -> Layout:
         return Layout(
@@ -588,8 +601,9 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     ) -> dict[str, Any]:
         children = super()._trackable_children(save_type, **kwargs)
         if save_type == "savedmodel":
-            # Nobody reads it there, and TensorFlow would warn that nobody does.
+            # Nobody reads them there, and TensorFlow would warn that nobody does.
             children.pop("_layout", None)
+            children.pop("_notes", None)
         return children
 
     def _lookup_dependency(self, name: str, cached_dependencies: Any = None) -> Any:
@@ -599,5 +613,6 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         found = super()._lookup_dependency(name, cached_dependencies)
         restoring = cached_dependencies is not None
         if restoring and found is None and name not in _MADE_BY_BUILD:
+            self._layout.refused = True
             raise not_saved_from_one(f"the checkpoint, with `{name}`, of another")
         return found

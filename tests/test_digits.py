@@ -13,11 +13,17 @@ from benchmarks import digits
 
 
 @pytest.fixture(scope="module")
-def quick_run():
+def picture(tmp_path_factory):
+    """Where the quick run draws."""
+    return tmp_path_factory.mktemp("digits") / "results" / "digits.png"
+
+
+@pytest.fixture(scope="module")
+def quick_run(picture):
     """Exit code and output of the command with `--quick`."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        code = digits.main(["--quick"])
+        code = digits.main(["--quick", "--picture", str(picture)])
     return code, output.getvalue()
 
 
@@ -59,6 +65,11 @@ def test_quick_run_resumes_identically_in_both_ways(quick_run):
 
 def test_quick_run_traces_the_train_step_once(quick_run):
     assert "train step: traced 1x, 1 conditional in its XLA graph" in quick_run[1]
+
+
+def test_quick_run_draws_its_loss(quick_run, picture):
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert str(picture) in quick_run[1]
 
 
 def test_quick_run_prints_every_row_of_the_table(quick_run):
@@ -107,7 +118,7 @@ def test_resume_fails_unless_it_goes_through_the_switch():
 
 def test_command_fails_if_a_check_fails(monkeypatch, capsys):
     monkeypatch.setattr(
-        digits, "run_all", lambda settings: check_resume(FakeRun(ONE_BIT_OFF))
+        digits, "run_all", lambda settings, picture: check_resume(FakeRun(ONE_BIT_OFF))
     )
     assert digits.main([]) == 1
     error = capsys.readouterr().err

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import keras
+import matplotlib as mpl
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -19,6 +20,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 def names(tmp_path, monkeypatch):
     """What the examples take for granted: a model, data, and saved runs."""
     monkeypatch.chdir(tmp_path)
+    mpl.use("agg")
     rng = np.random.default_rng(0)
     x = rng.normal(size=(32, 3)).astype(np.float32)
     y = x.sum(axis=1, keepdims=True)
@@ -39,9 +41,10 @@ def names(tmp_path, monkeypatch):
 
 def test_examples_of_the_readme(names):
     blocks = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
+    assert {0, 1} == set(names["history"].history["phase"])
     assert int(names["resumed"].optimizer.iterations) == 20
     assert int(names["resumed"].optimizer.phase) == 1
     # `adam.keras` was saved after one update.
@@ -63,7 +66,8 @@ def test_boundary_table_of_the_readme():
     weight = tf.Variable(1.0)
     for phase, child in zip(phases, children, strict=True):
         assert str(int(optimizer.phase)) == phase
-        assert optimizer.active_child().name == child
+        # The oldest supported Keras calls it SGD.
+        assert optimizer.active_child().name.lower() == child
         optimizer.apply([tf.constant(1.0)], [weight])
 
 

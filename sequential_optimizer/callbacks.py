@@ -1,0 +1,465 @@
+"""Keras callbacks: switch when a metric stalls, and see that it happened."""
+
+import itertools
+import math
+import re
+import warnings
+from dataclasses import astuple, dataclass
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+from sequential_optimizer.optimizer import SequentialOptimizer
+
+# Words in the names of metrics that say which way is better. The lower ones count
+# first: `accuracy_loss` is a loss.
+_LOWER = "loss|error|crossentropy|divergence|perplexity|mse|rmse|mae|mape|msle"
+_HIGHER = "acc|accuracy|auc|precision|recall|f1|fbeta|io_?u|similarity|r2"
+
+Logs = dict[str, Any] | None
+
+
+def find_sequence(optimizer: Any, callback: keras.callbacks.Callback) -> Any:
+    """Returns the SequentialOptimizer that `optimizer` is or wraps.
+
+    Args:
+        optimizer: the optimizer of a compiled model.
+        callback: the callback that needs it, for the error.
+
+    Raises:
+        ValueError: if there is none, or more than one.
+    """
+    found = _sequences_in(optimizer)
+    if len(found) != 1:
+        raise ValueError(
+            f"`{type(callback).__name__}` needs a model whose optimizer is or wraps "
+            f"one `SequentialOptimizer`. Received: {optimizer!r}, with {len(found)} "
+            "of them. Compile the model with "
+            "`optimizer=SequentialOptimizer([...], boundaries=[...])`."
+        )
+    return found[0]
+
+
+def names_of_phases(optimizer: Any) -> list[str]:
+    """Returns the names of the children, phase by phase; none for other optimizers."""
+    found = _sequences_in(optimizer)
+    if len(found) != 1:
+        return []
+    phases = range(found[0]._phases.last + 1)
+    return [_child_of(found[0], phase).name for phase in phases]
+
+
+def _sequences_in(optimizer: Any) -> list[SequentialOptimizer]:
+    if isinstance(optimizer, SequentialOptimizer):
+        return [optimizer]
+    if hasattr(optimizer, "inner_optimizer"):
+        return _sequences_in(optimizer.inner_optimizer)
+    inner = getattr(optimizer, "optimizers", [])
+    return [found for one in inner for found in _sequences_in(one)]
+
+
+def _child_of(sequence: SequentialOptimizer, phase: int) -> Any:
+    return sequence.children[sequence._phases.children[phase]]
+
+
+def _phase_of_last_update(sequence: SequentialOptimizer) -> int:
+    # No later than the last, if phases were dropped since it was saved.
+    return min(int(sequence._last_phase), sequence._phases.last)
+
+
+class _Switch(NamedTuple):
+    iteration: int  # updates made before it
+    before: int  # phases
+    after: int
+
+
+class _Watch:
+    """Finds the switches between updates that were made while nobody looked.
+
+    Which updates those were follows from the counters of the children: each counts
+    its own. As long as the phase stays, looking reads one scalar.
+    """
+
+    def __init__(self, sequence: SequentialOptimizer) -> None:
+        self._sequence = sequence
+        self._note()
+
+    def _note(self) -> None:
+        self._phase = _phase_of_last_update(self._sequence)
+        self._iteration = int(self._sequence.iterations)
+        self._made = [int(child._iterations) for child in self._sequence.children]
+
+    def switches(self) -> list[_Switch]:
+        """Returns the switches since the last call, in their order."""
+        first, last = self._phase, _phase_of_last_update(self._sequence)
+        if first == last:
+            return []
+        iteration, made_before = self._iteration, self._made
+        self._note()
+        left = [now - then for now, then in zip(self._made, made_before, strict=True)]
+        # Back to an earlier phase goes who edits the boundaries of a resumed run.
+        path = range(first, last + 1) if first < last else (first, last)
+        found = []
+        for before, after in itertools.pairwise(path):
+            updates = self._updates_in(before, last, iteration, left)
+            left[self._sequence._phases.children[before]] -= updates
+            iteration += updates
+            found.append(_Switch(iteration, before, after))
+        return found
+
+    def _updates_in(
+        self, phase: int, last: int, iteration: int, left: list[int]
+    ) -> int:
+        """Returns how many updates `phase`, begun at `iteration`, made.
+
+        If the child came back since, this is the largest number it can be: exact if
+        the phase ended at its boundary, or if there was one update since the last
+        look.
+        """
+        phases = self._sequence._phases
+        child, boundary = phases.children[phase], phases.boundaries[phase]
+        updates = left[child]
+        if child not in phases.children[phase + 1 : last + 1]:
+            return updates
+        if child == phases.children[last]:
+            updates -= 1  # Its last phase made an update, or it would not be the last.
+        if boundary is not None:
+            updates = min(updates, boundary - iteration)
+        return max(updates, 0)
+
+
+def _print_line(callback: keras.callbacks.Callback, line: str) -> None:
+    """Prints a line, below the progress bar if there is one."""
+    has_bar = (callback.params or {}).get("verbose") in (1, "auto")
+    print("\n" * has_bar + line)
+
+
+@dataclass
+class _Plateau:
+    """What SwitchOnPlateau has seen of a phase: numbers, so that they can be saved."""
+
+    phase: float
+    started: float  # iterations from which on the phase is watched
+    best: float
+    next_epoch: float  # the first that it has not seen, -1 if it has seen none
+    wait: float = 0
+    cooldown: float = 0
+
+
+class SwitchOnPlateau(keras.callbacks.Callback):
+    """Ends the current phase when a metric has stopped improving.
+
+    Works like Keras' `ReduceLROnPlateau`, except that it calls `advance()` of the
+    model's `SequentialOptimizer` instead of cutting a learning rate: one phase a
+    plateau. An integer boundary may end the phase first. After each switch, whoever
+    made it, the best value, the patience and the cooldown start anew. An epoch
+    counts for the phase that its last update ran in. In the last phase the callback
+    does nothing.
+
+    A call of `fit` starts anew, unless `BackupAndRestore` resumes it. What the
+    callback has seen is saved with the optimizer, so a resumed run switches in the
+    same epoch as one that was never interrupted. Put it before `BackupAndRestore` in
+    the list of callbacks, which saves when its turn comes.
+
+    Example:
+
+    ```python
+    optimizer = SequentialOptimizer(["adam", "sgd"], boundaries=[None])
+    model.compile(optimizer, loss="mse")
+    model.fit(..., callbacks=[SwitchOnPlateau("val_loss", patience=5)])
+    ```
+
+    Args:
+        monitor: string, name of the metric in the logs. Defaults to `"val_loss"`.
+            One callback a metric.
+        patience: int >= 0, the number of epochs in a row without improvement after
+            which the phase ends; 0 is as 1. Defaults to 10.
+        min_delta: float >= 0; only a change by more than this is an improvement.
+            Defaults to 1e-4.
+        mode: `"min"` if lower is better, `"max"` if higher is, `"auto"` (the
+            default) to tell from the name of the metric.
+        cooldown: int >= 0, the number of epochs after a switch that do not count
+            towards the patience. Defaults to 0.
+        min_iterations: int >= 0, the number of updates that a phase makes in this
+            call of `fit` before the callback may end it. Defaults to 0.
+        restore_best_weights: bool, whether after a phase that the callback ends the
+            next one starts from the weights of its best epoch, instead of its last.
+            A copy of the weights is then saved with the optimizer. Defaults to
+            `False`.
+        verbose: 1 to print a line at each switch, 0 (the default) for silence.
+
+    Raises:
+        ValueError: if an argument breaks one of these rules, or if `mode="auto"`
+            cannot tell from the name of the metric which way is better; when `fit`
+            begins, if the model's optimizer is or wraps no SequentialOptimizer or is
+            in its last phase already; after an epoch, if two of these callbacks
+            watch the same metric.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val_loss",
+        patience: int = 10,
+        min_delta: float = 1e-4,
+        mode: str = "auto",
+        cooldown: int = 0,
+        min_iterations: int = 0,
+        restore_best_weights: bool = False,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_at_least_0(
+            patience=patience,
+            min_delta=min_delta,
+            cooldown=cooldown,
+            min_iterations=min_iterations,
+        )
+        self.monitor = monitor
+        self.patience = patience
+        self.min_delta = min_delta
+        self.mode = mode
+        self.cooldown = cooldown
+        self.min_iterations = min_iterations
+        self.restore_best_weights = restore_best_weights
+        self.verbose = verbose
+        self._sign = _sign(mode, monitor)
+        self._key = f"SwitchOnPlateau/{monitor}"
+
+    def set_model(self, model: keras.Model) -> None:
+        """Starts anew. Keras calls it before any callback restores a backup."""
+        super().set_model(model)
+        self._sequence = find_sequence(model.optimizer, self)
+        self._watch: _Watch | None = None
+        self._warned = False
+        phase = int(self._sequence.phase)
+        if phase == self._sequence._phases.last:
+            raise ValueError(
+                "`SwitchOnPlateau` needs a phase that can still end. Received: an "
+                f"optimizer in phase {phase}, its last. Leave the callback out, or "
+                "add an optimizer to the sequence."
+            )
+        self._write(self._begin(phase, next_epoch=-1))
+
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
+        """Warns if a resumed run has lost what this callback saw."""
+        # Only now has every callback restored what it restores.
+        self._watch = self._watch or _Watch(self._sequence)
+        plateau = self._read()
+        if plateau.next_epoch not in (-1, epoch):
+            warnings.warn(
+                f"`SwitchOnPlateau` has seen the epochs before "
+                f"{int(plateau.next_epoch)}, and epoch {epoch} begins: the run was "
+                "resumed from a backup that was made before its turn. Put it before "
+                "the callback that saves.",
+                stacklevel=2,
+            )
+        plateau.next_epoch = epoch
+        self._write(plateau)
+
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
+        """Looks at the metric, and ends the phase if it has stalled."""
+        plateau, phase = self._read(), int(self._sequence.phase)
+        self._check_alone(plateau, epoch)
+        plateau.next_epoch = epoch + 1
+        switches = self._watch.switches() if self._watch else []
+        if phase != plateau.phase:
+            plateau = self._begin(phase, epoch + 1, self.cooldown)
+            if switches and switches[-1].after == phase:
+                plateau.started = switches[-1].iteration
+        # If they differ, the whole epoch belongs to a phase that has ended already.
+        is_of_phase = phase == _phase_of_last_update(self._sequence)
+        is_last = phase == self._sequence._phases.last
+        if is_of_phase and not is_last and self._is_stalled(logs or {}, plateau):
+            self._switch(epoch, plateau)
+            plateau = self._begin(phase + 1, epoch + 1, self.cooldown)
+        self._write(plateau)
+
+    def _check_alone(self, plateau: _Plateau, epoch: int) -> None:
+        if plateau.next_epoch > epoch:
+            raise ValueError(
+                "Each `SwitchOnPlateau` must watch a metric of its own. Received: two "
+                f'with monitor="{self.monitor}". Leave one of them out.'
+            )
+
+    def _is_stalled(self, logs: dict[str, Any], plateau: _Plateau) -> bool:
+        """Counts the epoch, and returns whether it was one too many."""
+        if self.monitor not in logs:
+            self._warn_of_missing_metric(logs)
+            return False
+        value = float(logs[self.monitor])
+        in_cooldown = plateau.cooldown > 0
+        plateau.cooldown -= in_cooldown
+        if self._sign * value > self._sign * plateau.best + self.min_delta:
+            plateau.best, plateau.wait = value, 0
+            if self.restore_best_weights:
+                self._write_weights(self.model.get_weights())
+            return False
+        if in_cooldown:
+            return False
+        plateau.wait += 1
+        updates = int(self._sequence.iterations) - plateau.started
+        return plateau.wait >= self.patience and updates >= self.min_iterations
+
+    def _switch(self, epoch: int, plateau: _Plateau) -> None:
+        arrays = self._sequence._notes.arrays
+        # There are none if the metric was never a number.
+        if best_weights := [arrays[key] for key in self._keys_of_weights()]:
+            self.model.set_weights(best_weights)
+        before = self._sequence.active_child().name
+        self._sequence.advance()
+        if self.verbose:
+            after = self._sequence.active_child().name
+            _print_line(
+                self,
+                f"epoch {epoch + 1}: {before} -> {after}, after {int(plateau.wait)} "
+                f"without a better {self.monitor} than {plateau.best:g}",
+            )
+
+    def _begin(self, phase: int, next_epoch: int, cooldown: int = 0) -> _Plateau:
+        """Forgets the phase before, and returns what has been seen of this one."""
+        for key in self._keys_of_weights():
+            del self._sequence._notes.arrays[key]
+        return _Plateau(
+            phase=phase,
+            started=int(self._sequence.iterations),
+            best=-self._sign * math.inf,
+            next_epoch=next_epoch,
+            cooldown=cooldown,
+        )
+
+    def _warn_of_missing_metric(self, logs: dict[str, Any]) -> None:
+        if not self._warned:
+            warnings.warn(
+                f"`SwitchOnPlateau` watches the metric `{self.monitor}`, which is not "
+                f"available. Available metrics are: {', '.join(logs)}.",
+                stacklevel=2,
+            )
+        self._warned = True
+
+    # What is noted with the optimizer is saved, and restored, with it.
+
+    def _read(self) -> _Plateau:
+        noted = self._sequence._notes.arrays.get(self._key)
+        if noted is None:  # restored from a backup that was made without the callback
+            return self._begin(int(self._sequence.phase), next_epoch=-1)
+        return _Plateau(*noted.tolist())
+
+    def _write(self, plateau: _Plateau) -> None:
+        arrays = self._sequence._notes.arrays
+        arrays[self._key] = np.array(astuple(plateau), np.float64)
+
+    def _keys_of_weights(self) -> list[str]:
+        keys = (f"{self._key}/weight/{i}" for i in itertools.count())
+        return list(
+            itertools.takewhile(self._sequence._notes.arrays.__contains__, keys)
+        )
+
+    def _write_weights(self, weights: list[np.ndarray]) -> None:
+        for i, weight in enumerate(weights):
+            # NumPy cannot write bfloat16, which float32 holds exactly.
+            native = weight if weight.dtype.kind != "V" else weight.astype(np.float32)
+            self._sequence._notes.arrays[f"{self._key}/weight/{i}"] = native
+
+
+class PhaseLogger(keras.callbacks.Callback):
+    """Puts the phase and the learning rate into the logs, and prints each switch.
+
+    The logs of an epoch get `phase`, the phase that its last update ran in, and
+    `learning_rate`, that of the child which made it. So `History`, the progress bar,
+    `CSVLogger` and `TensorBoard` show them; put `PhaseLogger` before the last two in
+    the list of callbacks. At each switch it prints a line such as
+    `iteration 1200: adam -> sgd`: the first 1200 updates are adam's. It does so after
+    the next update, also if that was one of several in a call of the train function
+    (`steps_per_execution`). Only if `advance()` ended a phase, and its child came
+    back, within one such call, the true iteration may be lower than the printed one.
+
+    Example:
+
+    ```python
+    history = model.fit(..., callbacks=[PhaseLogger()])
+    history.history["phase"]  # [0, 0, 0, 1, 1]
+    ```
+
+    Args:
+        per_batch: bool, whether the logs of each batch get the two as well. Defaults
+            to `False`.
+        verbose: 1 (the default) to print a line at each switch, 0 for silence.
+
+    Raises:
+        ValueError: when `fit` begins, if the model's optimizer is or wraps no
+            SequentialOptimizer.
+    """
+
+    def __init__(self, per_batch: bool = False, verbose: int = 1) -> None:
+        super().__init__()
+        self.per_batch = per_batch
+        self.verbose = verbose
+
+    def set_model(self, model: keras.Model) -> None:
+        """Finds the sequence of the model's optimizer."""
+        super().set_model(model)
+        self._sequence = find_sequence(model.optimizer, self)
+        self._watch: _Watch | None = None
+
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
+        """Notes where the run begins, after every callback that restores one."""
+        self._watch = self._watch or _Watch(self._sequence)
+
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
+        """Prints the switches in the batch, or in the steps executed with it."""
+        self._print_switches()
+        if self.per_batch and logs is not None:
+            logs.update(self._values())
+
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
+        """Adds to the logs of the epoch."""
+        # Keras drops the end of a batch when the data ends inside of its steps.
+        self._print_switches()
+        if logs is not None:
+            logs.update(self._values())
+
+    def _print_switches(self) -> None:
+        if not self.verbose or self._watch is None:
+            return
+        for iteration, *phases in self._watch.switches():
+            before, after = (_child_of(self._sequence, phase).name for phase in phases)
+            _print_line(self, f"iteration {iteration}: {before} -> {after}")
+
+    def _values(self) -> dict[str, float]:
+        phase = _phase_of_last_update(self._sequence)
+        values: dict[str, float] = {"phase": phase}
+        child = _child_of(self._sequence, phase)
+        if hasattr(child, "learning_rate"):  # a MultiOptimizer has several
+            rate = keras.ops.convert_to_numpy(child.learning_rate)
+            values["learning_rate"] = float(rate)
+        return values
+
+
+def _sign(mode: str, monitor: str) -> int:
+    """Returns 1 if a higher value of the metric is better, -1 if a lower one is."""
+    signs = {"min": -1, "max": 1}
+    if mode in signs:
+        return signs[mode]
+    if mode != "auto":
+        raise ValueError(
+            '`mode` must be "min", "max" or "auto". '
+            f"Received: mode={mode!r}. Pass one of the three."
+        )
+    for words, sign in ((_LOWER, -1), (_HIGHER, 1)):
+        if re.search(f"(^|_)({words})(_|$)", monitor.lower()):
+            return sign
+    raise ValueError(
+        "`mode` must be given for a metric whose name does not say which way is "
+        f'better. Received: monitor={monitor!r}, mode="auto". Pass `mode="min"` or '
+        '`mode="max"`.'
+    )
+
+
+def _check_at_least_0(**arguments: float) -> None:
+    for name, value in arguments.items():
+        if not value >= 0:
+            raise ValueError(
+                f"`{name}` must be >= 0. Received: {name}={value!r}. "
+                "Pass 0 to do without."
+            )

@@ -1,0 +1,41 @@
+"""What callbacks keep in the saved state of an optimizer.
+
+A callback has no place of its own in a checkpoint, so a run that is killed and resumed
+would forget how long it has waited. What it notes here is saved with the optimizer.
+"""
+
+import io
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+
+class Notes(tf.train.experimental.PythonState):
+    """Named arrays, saved with the optimizer that holds them.
+
+    `arrays` is a dict from names to NumPy arrays of NumPy's own dtypes.
+    """
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def serialize(self) -> bytes:
+        buffer = io.BytesIO()
+        np.savez(buffer, **self.arrays)  # type: ignore[arg-type]
+        return buffer.getvalue()
+
+    def deserialize(self, string_value: Any) -> None:
+        with np.load(io.BytesIO(string_value), allow_pickle=False) as arrays:
+            self.arrays = dict(arrays)
+
+    def write(self, store: Any) -> None:
+        """Writes the arrays, if there are any, into a Keras file."""
+        if self.arrays:
+            store["notes"] = np.frombuffer(self.serialize(), np.uint8)
+
+    def read(self, store: Any) -> None:
+        """Reads what `write` wrote."""
+        self.arrays = {}
+        if "notes" in store.keys():  # noqa: SIM118  (a store is not quite a dict)
+            self.deserialize(np.asarray(store["notes"]).tobytes())

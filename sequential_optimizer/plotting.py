@@ -1,0 +1,185 @@
+"""Plots of a training history, with the phases shaded."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sequential_optimizer.callbacks import names_of_phases
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_FONT_SIZE = 9  # points
+
+
+def plot_history(
+    history: Any,
+    metrics: Sequence[str] = ("loss", "val_loss"),
+    ax: "Axes | None" = None,
+    learning_rate: bool = False,
+    names: Sequence[str] | None = None,
+) -> "Axes":
+    """Plots metrics over epochs, with the phases shaded and the switches marked.
+
+    An epoch is shaded as the phase of its last update, as `PhaseLogger` logs it, so
+    a switch in the middle of an epoch is marked where that epoch begins.
+
+    Args:
+        history: what `Model.fit` returned, or its `history` dict, with the column
+            `phase` of `PhaseLogger`.
+        metrics: names of the columns to plot. Those of a validation, `val_...`, are
+            left out if there was none.
+        ax: matplotlib Axes to draw on. Defaults to new ones.
+        learning_rate: whether to plot the column `learning_rate` as well, on a
+            logarithmic axis of its own. Defaults to `False`.
+        names: names of the phases. Default to those of the children if `history` is
+            what `fit` returned, else to `phase 0`, `phase 1`, ...
+
+    Returns:
+        The matplotlib Axes.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        ValueError: if a column is missing or has no value for some of the epochs, or
+            if there are more phases than `names`.
+
+    Example:
+
+    ```python
+    history = model.fit(..., callbacks=[PhaseLogger()])
+    plot_history(history).figure.savefig("history.png")
+    ```
+    """
+    try:
+        import matplotlib.pyplot as plt
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise ImportError(
+            "`plot_history` needs matplotlib, which is not installed. Install it "
+            "with the `plot` extra: `pip install 'sequential_optimizer[plot]'`."
+        ) from error
+    columns: Mapping[str, Sequence[float]] = getattr(history, "history", history)
+    metrics = _without_validation(metrics, columns)
+    _check_columns(columns, ["phase", *metrics, *["learning_rate"] * learning_rate])
+    phases = [int(phase) for phase in columns["phase"]]
+    # Keras counts epochs from 0 in `History.epoch`, and from 1 on the screen.
+    epochs = [epoch + 1 for epoch in getattr(history, "epoch", range(len(phases)))]
+    names = _names(history, names, max(phases) + 1)
+    if ax is None:
+        ax = plt.subplots(layout="constrained")[1]
+    for metric in metrics:
+        ax.plot(epochs, columns[metric], marker=".", label=metric)
+    ax.set_xlabel("epoch")
+    ax.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _shade_phases(ax, epochs, [names[phase] for phase in phases], phases)
+    if learning_rate:
+        _plot_learning_rate(ax, epochs, columns["learning_rate"])
+    if metrics:
+        ax.legend()
+    return ax
+
+
+def _without_validation(
+    metrics: Sequence[str], columns: Mapping[str, Any]
+) -> list[str]:
+    """Returns the metrics, without those of a validation that never ran."""
+    if any(column.startswith("val_") for column in columns):
+        return list(metrics)
+    left = [metric for metric in metrics if not metric.startswith("val_")]
+    return left or list(metrics)
+
+
+def _check_columns(columns: Mapping[str, Any], needed: Sequence[str]) -> None:
+    missing = [column for column in needed if column not in columns]
+    if missing:
+        raise ValueError(
+            f"`history` must have the columns {list(needed)}. "
+            f"Received: {sorted(columns)}, without {', '.join(map(repr, missing))}. "
+            "Train with `callbacks=[PhaseLogger()]`, and pass metrics that you "
+            "compiled."
+        )
+    epochs = len(columns["phase"])
+    if not epochs:
+        raise ValueError(
+            "`history` must have at least one epoch. Received: a history of no epochs. "
+            "Plot it after `fit` has run."
+        )
+    for column in needed:
+        if len(columns[column]) != epochs:
+            raise ValueError(
+                "`history` must have a value of each column for each epoch. Received: "
+                f"{epochs} epochs and {len(columns[column])} of `{column}`. Train "
+                "with `validation_freq=1`, or leave the column out."
+            )
+
+
+def _names(history: Any, names: Sequence[str] | None, count: int) -> Sequence[str]:
+    if names is None:
+        optimizer = getattr(getattr(history, "model", None), "optimizer", None)
+        found = names_of_phases(optimizer)
+        # Too few if the model was compiled with another optimizer since.
+        return found if len(found) >= count else [f"phase {k}" for k in range(count)]
+    if len(names) < count:
+        raise ValueError(
+            f"`names` must have a name for each phase. Received: names={names!r} for "
+            f"{count} phases. Pass {count} names."
+        )
+    return names
+
+
+def _shade_phases(
+    ax: "Axes", epochs: Sequence[int], names: Sequence[str], phases: Sequence[int]
+) -> None:
+    """Shades each stretch of epochs of one phase, one colour a name, and names it."""
+    starts = [i for i, k in enumerate(phases) if i == 0 or k != phases[i - 1]]
+    # From the end of the colour cycle; the curves take theirs from the beginning.
+    colors = {name: f"C{9 - i % 10}" for i, name in enumerate(dict.fromkeys(names))}
+    centers = []
+    for start, end in zip(starts, [*starts[1:], len(phases)], strict=True):
+        left, right = epochs[start] - 0.5, epochs[end - 1] + 0.5
+        ax.axvspan(left, right, color=colors[names[start]], alpha=0.15, linewidth=0)
+        if start:
+            ax.axvline(left, color="0.4", linestyle="--", linewidth=1)
+        centers.append((left + right) / 2)
+    _write_above(ax, centers, [names[start] for start in starts])
+
+
+def _write_above(ax: "Axes", centers: Sequence[float], labels: Sequence[str]) -> None:
+    """Writes labels above the axes: upright, or even joined, if they are crowded."""
+    left, right = ax.get_xlim()
+    points = ax.get_window_extent().width * 72 / ax.figure.dpi
+    line = 1.4 * _FONT_SIZE * (right - left) / points  # the height of a line, in epochs
+    # A letter is about half as wide as a line is high.
+    widths = [line / 2 * (len(label) + 1) for label in labels]
+    crowded = any(
+        centers[i] - centers[i - 1] < (widths[i] + widths[i - 1]) / 2
+        for i in range(1, len(labels))
+    )
+    places: list[float] = []
+    texts: list[str] = []
+    for center, label in zip(centers, labels, strict=True):
+        if places and crowded and center - places[-1] < line:
+            texts[-1] += f", {label}"
+        else:
+            places.append(center)
+            texts.append(label)
+    # An axis of its own, so that a title goes above it, and zooming moves it along.
+    top = ax.secondary_xaxis("top")
+    top.set_ticks(places, texts, fontsize=_FONT_SIZE, rotation=90 if crowded else 0)
+    top.tick_params(length=0)
+
+
+def _plot_learning_rate(
+    ax: "Axes", epochs: Sequence[int], learning_rate: Sequence[float]
+) -> None:
+    right = ax.twinx()
+    edges = [epochs[0] - 0.5, *(epoch + 0.5 for epoch in epochs)]
+    right.stairs(
+        learning_rate, edges, baseline=None, color="0.5", linestyle=":", linewidth=1.5
+    )
+    right.set_yscale("log")
+    right.set_ylabel("learning rate (dotted)", color="0.5")
+    right.tick_params(which="both", colors="0.5")
+    # Else it would be drawn over the legend.
+    ax.set_zorder(right.get_zorder() + 1)
+    ax.patch.set_visible(False)

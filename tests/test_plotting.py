@@ -1,0 +1,356 @@
+"""The picture of a history: curves, spans of the phases, switches, learning rate."""
+
+import itertools
+import sys
+
+import keras
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.colors import same_color
+from matplotlib.figure import Figure
+
+from sequential_optimizer import PhaseLogger, SequentialOptimizer, plot_history
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def refuses(argument, received):
+    """Expects the house form: the argument in backticks, then what was received."""
+    return pytest.raises(ValueError, match=f"^{argument} must .* Received: {received}")
+
+
+def columns_of(phases, **more):
+    """Returns a history dict with a loss that falls from epoch to epoch."""
+    loss = [1 / (epoch + 1) for epoch in range(len(phases))]
+    return {"loss": loss, "phase": list(phases), **more}
+
+
+def curves_of(ax):
+    """Returns the points of each curve in the legend."""
+    handles, labels = ax.get_legend_handles_labels()
+    return {
+        label: [tuple(map(float, point)) for point in line.get_xydata()]
+        for line, label in zip(handles, labels, strict=True)
+    }
+
+
+def spans_of(ax):
+    """Returns the left and right edge of each shaded span, in order."""
+    boxes = [patch.get_extents() for patch in ax.patches]
+    inverse = ax.transData.inverted()
+    edges = [
+        (inverse.transform((box.x0, 0))[0], inverse.transform((box.x1, 0))[0])
+        for box in boxes
+    ]
+    return [(round(float(a), 6), round(float(b), 6)) for a, b in edges]
+
+
+def marks_of(ax):
+    """Returns where the dashed vertical lines are."""
+    lines = [line for line in ax.lines if line.get_linestyle() == "--"]
+    for line in lines:
+        # From the bottom of the axes to their top.
+        assert list(line.get_ydata()) == [0, 1]
+        assert line.get_xdata()[0] == line.get_xdata()[1]
+    return [float(line.get_xdata()[0]) for line in lines]
+
+
+def names_of(ax):
+    """Returns the names above the axes and where they are."""
+    (top,) = ax.child_axes
+    labels = [label.get_text() for label in top.get_xticklabels()]
+    return list(zip(top.get_xticks().tolist(), labels, strict=True))
+
+
+def right_axis_of(ax):
+    """Returns the axes on the same place, or None."""
+    others = [other for other in ax.figure.axes if other is not ax]
+    return others[0] if others else None
+
+
+def fit(optimizer, epochs=4, **kwargs):
+    """Fits a tiny model, two updates an epoch, and returns its History."""
+    x = np.linspace(-1, 1, 8, dtype=np.float32)[:, None]
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile(optimizer, loss="mse", metrics=["mae"], jit_compile=False)
+    kwargs.setdefault("validation_data", (x, x))
+    return model.fit(
+        x,
+        x,
+        batch_size=4,
+        epochs=epochs,
+        verbose=0,
+        callbacks=[PhaseLogger(verbose=0)],
+        **kwargs,
+    )
+
+
+def adam_then_sgd(boundary):
+    return SequentialOptimizer(
+        [keras.optimizers.Adam(0.01), keras.optimizers.SGD(0.1)], [boundary]
+    )
+
+
+# --- curves ------------------------------------------------------------------
+
+
+def test_curves_are_the_columns_over_epochs_counted_from_1():
+    columns = columns_of([0, 0, 1], val_loss=[3.0, 2.0, 2.5])
+    curves = curves_of(plot_history(columns))
+    assert list(curves) == ["loss", "val_loss"]
+    assert curves["loss"] == [(1, 1), (2, 1 / 2), (3, 1 / 3)]
+    assert curves["val_loss"] == [(1, 3), (2, 2), (3, 2.5)]
+
+
+def test_history_of_fit():
+    history = fit(adam_then_sgd(4))
+    ax = plot_history(history, metrics=("loss", "val_loss", "mae"))
+    curves = curves_of(ax)
+    assert list(curves) == ["loss", "val_loss", "mae"]
+    for metric, points in curves.items():
+        assert points == list(zip([1, 2, 3, 4], history.history[metric], strict=True))
+    assert spans_of(ax) == [(0.5, 2.5), (2.5, 4.5)]
+    assert names_of(ax) == [(1.5, "adam"), (3.5, "sgd")]
+
+
+def test_history_of_fit_that_goes_on_at_a_later_epoch():
+    ax = plot_history(fit(adam_then_sgd(2), initial_epoch=2, epochs=4))
+    assert [epoch for epoch, _ in curves_of(ax)["loss"]] == [3, 4]
+    assert spans_of(ax) == [(2.5, 3.5), (3.5, 4.5)]
+
+
+def test_epoch_with_a_switch_in_it_is_of_the_phase_of_its_last_update():
+    # The third of six updates is sgd's, and the second epoch holds it.
+    assert spans_of(plot_history(fit(adam_then_sgd(3), epochs=3))) == [
+        (0.5, 1.5),
+        (1.5, 3.5),
+    ]
+
+
+def test_columns_may_be_arrays():
+    columns = {name: np.array(c) for name, c in columns_of([0.0, 1.0]).items()}
+    ax = plot_history(columns)
+    assert curves_of(ax) == {"loss": [(1, 1), (2, 0.5)]}
+    assert spans_of(ax) == [(0.5, 1.5), (1.5, 2.5)]
+
+
+def test_metrics_of_a_validation_that_never_ran_are_left_out():
+    assert list(curves_of(plot_history(columns_of([0, 1])))) == ["loss"]
+
+
+def test_diverged_run_is_plotted():
+    columns = columns_of([0, 1], val_loss=[float("nan"), float("inf")])
+    ax = plot_history(columns)
+    ax.figure.draw_without_rendering()
+    assert list(curves_of(ax)) == ["loss", "val_loss"]
+
+
+# --- spans, names and marks --------------------------------------------------
+
+
+def test_spans_touch_and_cover_the_axes_and_each_switch_is_marked():
+    ax = plot_history(columns_of([0, 0, 0, 1, 1, 2]))
+    assert spans_of(ax) == [(0.5, 3.5), (3.5, 5.5), (5.5, 6.5)]
+    assert marks_of(ax) == [3.5, 5.5]
+    assert ax.get_xlim() == (0.5, 6.5)
+    assert names_of(ax) == [(2, "phase 0"), (4.5, "phase 1"), (6, "phase 2")]
+
+
+def test_child_that_comes_back_has_its_colour_again():
+    adam, sgd = keras.optimizers.Adam(0.01), keras.optimizers.SGD(0.1)
+    optimizer = SequentialOptimizer([adam, sgd, adam], [2, 4])
+    ax = plot_history(fit(optimizer, epochs=3))
+    assert names_of(ax) == [(1, "adam"), (2, "sgd"), (3, "adam")]
+    assert marks_of(ax) == [1.5, 2.5]
+    first, second, third = (patch.get_facecolor() for patch in ax.patches)
+    assert same_color(first, third)
+    assert not same_color(first, second)
+
+
+def test_phase_that_began_between_two_epochs_and_ended_is_skipped():
+    # Three of the phases lie within the second epoch.
+    ax = plot_history(columns_of([0, 3]), names=["a", "b", "c", "d"])
+    assert names_of(ax) == [(1, "a"), (2, "d")]
+    assert marks_of(ax) == [1.5]
+
+
+def test_single_epoch():
+    ax = plot_history(columns_of([0], learning_rate=[0.1]), learning_rate=True)
+    assert curves_of(ax) == {"loss": [(1, 1)]}
+    assert spans_of(ax) == [(0.5, 1.5)]
+    assert marks_of(ax) == []
+    assert names_of(ax) == [(1, "phase 0")]
+    visible = [tick for tick in ax.get_xticks() if 0.5 <= tick <= 1.5]
+    assert visible == [1]
+
+
+def test_names_can_be_passed():
+    ax = plot_history(fit(adam_then_sgd(4)), names=["fast", "exact"])
+    assert [name for _, name in names_of(ax)] == ["fast", "exact"]
+
+
+def test_names_of_a_model_compiled_anew_are_not_taken_for_those_of_the_run():
+    history = fit(adam_then_sgd(4))
+    history.model.compile("rmsprop", loss="mse")
+    ax = plot_history(history)
+    assert [name for _, name in names_of(ax)] == ["phase 0", "phase 1"]
+
+
+# --- names in a small place --------------------------------------------------
+
+CROWDED = {
+    "many": [k for k in range(12) for _ in range(3)],
+    "two short ones in a long run": [0] * 150 + [1] + [2] + [3] * 50,
+    "short at the end": [0] * 100 + [1],
+    "one epoch each": list(range(70)),
+}
+
+
+def label_boxes(ax):
+    ax.figure.draw_without_rendering()
+    (top,) = ax.child_axes
+    return [label.get_window_extent() for label in top.get_xticklabels()]
+
+
+@pytest.mark.parametrize("case", [*CROWDED, "room"])
+def test_names_do_not_overlap_and_are_all_there(case):
+    phases = CROWDED.get(case, [0] * 6 + [1] * 4)
+    names = [f"optimizer{k}" for k in range(max(phases) + 1)]
+    ax = plot_history(columns_of(phases), names=names)
+    boxes = label_boxes(ax)
+    for before, after in itertools.pairwise(boxes):
+        assert before.x1 <= after.x0
+    written = ", ".join(text for _, text in names_of(ax)).split(", ")
+    assert written == names
+    (top,) = ax.child_axes
+    (rotation,) = {label.get_rotation() for label in top.get_xticklabels()}
+    assert rotation == (90 if case in CROWDED and len(names) > 2 else 0)
+
+
+def test_names_stay_below_the_title():
+    figure = Figure(layout="constrained")
+    ax = plot_history(columns_of([0, 1]), ax=figure.subplots())
+    ax.set_title("title")
+    boxes = label_boxes(ax)
+    assert ax.title.get_window_extent().y0 >= max(box.y1 for box in boxes)
+
+
+# --- learning rate -----------------------------------------------------------
+
+
+def test_learning_rate_has_a_logarithmic_axis_of_its_own():
+    columns = columns_of([0, 0, 1], learning_rate=[0.01, 0.005, 0.1])
+    ax = plot_history(columns, learning_rate=True)
+    right = right_axis_of(ax)
+    assert right.get_yscale() == "log"
+    assert "learning rate" in right.get_ylabel()
+    assert right.yaxis.get_ticks_position() == "right"
+    (steps,) = right.patches
+    assert steps.get_data().values.tolist() == columns["learning_rate"]
+    assert list(steps.get_data().edges) == [0.5, 1.5, 2.5, 3.5]
+    assert right.get_xlim() == ax.get_xlim() == (0.5, 3.5)
+    low, high = right.get_ylim()
+    assert low < 0.005
+    assert high > 0.1
+    # It neither gets into the curves nor is drawn over the legend.
+    assert list(curves_of(ax)) == ["loss"]
+    assert ax.get_yscale() == "linear"
+    assert ax.get_zorder() > right.get_zorder()
+
+
+def test_learning_rate_is_left_out_unless_asked_for():
+    ax = plot_history(columns_of([0, 1], learning_rate=[0.1, 0.2]))
+    assert right_axis_of(ax) is None
+
+
+def test_learning_rate_alone():
+    columns = columns_of([0, 1], learning_rate=[0.1, 0.2])
+    ax = plot_history(columns, metrics=(), learning_rate=True)
+    assert curves_of(ax) == {}
+    assert ax.get_legend() is None
+    (steps,) = right_axis_of(ax).patches
+    assert steps.get_data().values.tolist() == [0.1, 0.2]
+
+
+# --- axes --------------------------------------------------------------------
+
+
+def test_draws_on_the_axes_that_were_given():
+    before = plt.get_fignums()
+    first, second = Figure().subplots(2)
+    assert plot_history(columns_of([0, 1]), ax=second) is second
+    assert list(curves_of(second)) == ["loss"]
+    assert not first.lines
+    assert plt.get_fignums() == before
+
+
+def test_legend_and_label_of_the_epochs():
+    ax = plot_history(columns_of([0, 1], val_loss=[1, 1]))
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts == ["loss", "val_loss"]
+    assert ax.get_xlabel() == "epoch"
+
+
+def test_picture_is_written_without_a_warning(tmp_path):
+    columns = columns_of([0, 0, 1], val_loss=[1, 2, 3], learning_rate=[0.1, 0.1, 0])
+    for suffix in ("png", "svg", "pdf"):
+        path = tmp_path / f"history.{suffix}"
+        plot_history(columns, learning_rate=True).figure.savefig(path)
+        assert path.stat().st_size > 1000
+
+
+# --- bad input ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("columns", "kwargs", "missing"),
+    [
+        ({"loss": [1.0]}, {}, "'phase'"),
+        ({"phase": [0]}, {}, "'loss'"),
+        (columns_of([0]), {"learning_rate": True}, "'learning_rate'"),
+        (columns_of([0]), {"metrics": ["accuracy"]}, "'accuracy'"),
+        (columns_of([0]), {"metrics": ["val_loss"]}, "'val_loss'"),
+        # There was a validation, so this is a slip of the pen.
+        (columns_of([0], val_mae=[1.0]), {"metrics": ["val_mea"]}, "'val_mea'"),
+    ],
+)
+def test_missing_column(columns, kwargs, missing):
+    with refuses("`history`", f".* without {missing}"):
+        plot_history(columns, **kwargs)
+    assert plt.get_fignums() == []
+
+
+def test_history_without_phase_logger_says_how_to_get_one():
+    with pytest.raises(ValueError, match=r"callbacks=\[PhaseLogger\(\)\]"):
+        plot_history({"loss": [1.0]})
+
+
+def test_no_epochs():
+    with refuses("`history`", "a history of no epochs"):
+        plot_history({"loss": [], "phase": []})
+
+
+def test_validation_that_did_not_run_in_each_epoch():
+    with refuses("`history`", "4 epochs and 2 of `val_loss`"):
+        plot_history(fit(adam_then_sgd(4), validation_freq=2))
+
+
+def test_fewer_names_than_phases():
+    with refuses("`names`", ".* for 3 phases"):
+        plot_history(columns_of([0, 1, 2]), names=["adam", "sgd"])
+
+
+def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(ImportError, match=r"'sequential_optimizer\[plot\]'"):
+        plot_history(columns_of([0, 1]))

@@ -1,0 +1,778 @@
+"""What Keras saves goes on bit by bit, or is refused with a reason."""
+
+import copy
+import json
+import pickle
+
+import h5py
+import keras
+import numpy as np
+import pytest
+
+from sequential_optimizer import SequentialOptimizer
+from tests.reference import assert_same, weights_of
+from tests.saving_tools import (
+    BOUNDARY,
+    CASES,
+    adam_sgd,
+    build,
+    make_data,
+    make_model,
+    make_runs,
+    own_state_of,
+    saves,
+    state_of,
+    train,
+    warnings_of,
+)
+
+optimizers = keras.optimizers
+
+
+def _save(model, folder):
+    model.save(folder / "model.keras")
+    model.save_weights(folder / "model.weights.h5")
+    (folder / "model.pickle").write_bytes(pickle.dumps(model))
+    weights = [model.get_weights(), weights_of(model.optimizer.variables)]
+    (folder / "weights.pickle").write_bytes(pickle.dumps(weights))
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory):
+    return make_runs(tmp_path_factory, _save)
+
+
+# --- ways of loading: functions of (folder, function that makes the optimizer) ---
+
+
+def _load_keras(folder, make):
+    return keras.saving.load_model(folder / "model.keras")
+
+
+def _load_weights_h5(folder, make):
+    model = build(make_model(make()))
+    model.load_weights(folder / "model.weights.h5")
+    return model
+
+
+def _load_weights_of_keras_file(folder, make):
+    model = build(make_model(make()))
+    model.load_weights(folder / "model.keras")
+    return model
+
+
+def _unpickle(folder, make):
+    return pickle.loads((folder / "model.pickle").read_bytes())
+
+
+def _deepcopy(folder, make):
+    return copy.deepcopy(_load_weights_h5(folder, make))
+
+
+def _set_weights(folder, make):
+    model = build(make_model(make()))
+    weights, optimizer_variables = pickle.loads(
+        (folder / "weights.pickle").read_bytes()
+    )
+    model.set_weights(weights)
+    model.optimizer.set_weights(optimizer_variables)
+    return model
+
+
+def _clone(folder, make):
+    original = _load_weights_h5(folder, make)
+    clone = keras.models.clone_model(original)
+    clone.compile_from_config(original.get_compile_config())
+    build(clone)
+    clone.set_weights(original.get_weights())
+    clone.optimizer.set_weights(weights_of(original.optimizer.variables))
+    return clone
+
+
+WAYS = {
+    "keras": _load_keras,
+    "weights_h5": _load_weights_h5,
+    "weights_of_keras_file": _load_weights_of_keras_file,
+    "pickle": _unpickle,
+    "deepcopy": _deepcopy,
+    "set_weights": _set_weights,
+    "clone_model": _clone,
+}
+COMMON = ["keras", "weights_h5"]
+ENDED = ["ended", "ended_before_integer"]
+NOT_ENDED = [name for name in CASES if name not in ENDED]
+
+
+@pytest.mark.parametrize("way", COMMON)
+@pytest.mark.parametrize(("name", "calls"), saves(NOT_ENDED))
+def test_continues_as_if_never_saved(run_of, name, calls, way):
+    run = run_of(name)
+    model = WAYS[way](run.folder(calls), run.case.make)
+    run.assert_continues(model, calls)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in COMMON])
+@pytest.mark.parametrize(
+    ("name", "calls"), [*saves(["adam_sgd"]), ("returning", BOUNDARY + 2)]
+)
+def test_continues_after_less_common_ways(run_of, name, calls, way):
+    run = run_of(name)
+    model = WAYS[way](run.folder(calls), run.case.make)
+    run.assert_continues(model, calls)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("name", "calls"), [*saves(["ended"]), ("ended_before_integer", BOUNDARY)]
+)
+def test_ended_phase_stays_ended(run_of, name, calls, way):
+    run = run_of(name)
+    model = WAYS[way](run.folder(calls), run.case.make)
+    assert int(model.optimizer.phase) == int(calls >= run.case.advance_after)
+    run.assert_continues(model, calls)
+
+
+def test_saving_changes_nothing(run_of):
+    run = run_of("accumulation")
+    without_saving = train(make_model(run.case.make()), 0, run.case.calls)
+    assert_same(without_saving, run.states[1:])
+
+
+def test_loaded_instance_that_returns_is_one_child(run_of):
+    run = run_of("returning")
+    optimizer = _load_keras(run.folder(BOUNDARY), None).optimizer
+    assert [type(c).__name__ for c in optimizer.children] == ["Adam", "SGD"]
+    assert optimizer.get_config()["phases"] == [0, 1, 0]
+    assert optimizer.get_config()["boundaries"] == [BOUNDARY, BOUNDARY + 2]
+
+
+def test_copies_share_no_state(run_of):
+    run = run_of("adam_sgd")
+    for way in ("deepcopy", "clone_model"):
+        model = _load_weights_h5(run.folder(2), run.case.make)
+        (run.folder(2) / way).mkdir(exist_ok=True)
+        _save(model, run.folder(2) / way)
+        copied = WAYS[way](run.folder(2) / way, run.case.make)
+        train(copied, 2, 5)
+        assert_same(state_of(model), run.states[2])
+
+
+# --- edited integers -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("new_boundary", "calls"), [(5, 2), (5, 3), (5, 4), (2, 3), (1, 2)]
+)
+def test_obeys_the_integers_of_the_code(run_of, new_boundary, calls):
+    folder = run_of("adam_sgd").folder(calls)
+    model = _load_weights_h5(folder, lambda: adam_sgd([new_boundary]))
+    for t in range(calls, 6):
+        assert int(model.optimizer.phase) == int(t >= new_boundary)
+        before = [int(child.iterations) for child in model.optimizer.children]
+        train(model, t, t + 1)
+        after = [int(child.iterations) for child in model.optimizer.children]
+        active = int(t >= new_boundary)
+        assert after[active] == before[active] + 1
+        assert after[1 - active] == before[1 - active]
+
+
+def test_later_integer_is_as_if_it_had_always_been_there(run_of):
+    expected = train(make_model(adam_sgd([5])), 0, 6)
+    model = _load_weights_h5(run_of("adam_sgd").folder(2), lambda: adam_sgd([5]))
+    assert_same(train(model, 2, 6), expected[2:])
+
+
+def test_earlier_integer_ends_the_phase_at_once(run_of):
+    expected = train(make_model(adam_sgd([2])), 0, 6)
+    model = _load_weights_h5(run_of("adam_sgd").folder(2), lambda: adam_sgd([1]))
+    assert_same(train(model, 2, 6), expected[2:])
+
+
+@pytest.mark.parametrize("boundary", [None, 5, 1000])
+def test_ended_phase_stays_ended_under_other_boundaries(run_of, boundary):
+    run = run_of("ended")
+    model = _load_weights_h5(run.folder(3), lambda: adam_sgd([boundary]))
+    run.assert_continues(model, 3)
+
+
+# --- changed children --------------------------------------------------------------
+
+
+def _adam(name=None):
+    return optimizers.Adam(0.05, name=name)
+
+
+def _sgd(name=None):
+    return optimizers.SGD(0.02, momentum=0.9, name=name)
+
+
+def _nadam():
+    return optimizers.Nadam(0.05)
+
+
+def _trained_file(tmp_path, optimizer, calls=4):
+    """Returns a trained model and the h5 file it was saved to."""
+    model = make_model(optimizer)
+    train(model, 0, calls)
+    path = tmp_path / "saved.weights.h5"
+    model.save_weights(path)
+    return model, path
+
+
+def _by_class(model):
+    return {
+        type(child).__name__: weights_of(child.variables)
+        for child in model.optimizer.children
+    }
+
+
+CHANGED = {
+    "added_at_the_end": lambda: SequentialOptimizer(
+        [_adam(), _sgd(), _nadam()], [3, 5]
+    ),
+    "added_at_the_front": lambda: SequentialOptimizer(
+        [_nadam(), _adam(), _sgd()], [3, 5]
+    ),
+    "dropped_at_the_end": lambda: SequentialOptimizer([_adam()], []),
+    "dropped_at_the_front": lambda: SequentialOptimizer([_sgd()], []),
+    "reordered": lambda: SequentialOptimizer([_sgd(), _adam()], [3]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_children_follow_their_class(tmp_path, change):
+    saved, path = _trained_file(tmp_path, adam_sgd())
+    model = build(make_model(CHANGED[change]()))
+    fresh = _by_class(model)
+    messages = warnings_of(model.load_weights, path)
+    ours = [m for m in messages if m.startswith("A `SequentialOptimizer` saved with")]
+    assert len(ours) == 1
+    assert "children ['Adam', 'SGD'] in phases [0, 1]" in ours[0]
+    # Keras says for itself which child it found nothing for.
+    unfilled = [m for m in messages if m.startswith("Skipping variable loading")]
+    assert len(messages) == len(ours) + len(unfilled)
+    assert len(unfilled) == change.startswith("added")
+
+    kept = _by_class(saved)
+    for name, variables in _by_class(model).items():
+        assert_same(variables, kept.get(name, fresh[name]))
+    assert_same(own_state_of(model.optimizer), own_state_of(saved.optimizer))
+    assert_same(weights_of(model.weights), weights_of(saved.weights))
+
+
+@pytest.mark.parametrize(
+    "order", [["sgd", "adam"], ["nadam", "adam", "sgd"], ["sgd"]], ids="-".join
+)
+def test_moved_child_that_made_the_last_update_finalizes(tmp_path, order):
+    def make(order):
+        children = {
+            "adam": optimizers.Adam(0.05, use_ema=True),
+            "sgd": optimizers.SGD(0.02, momentum=0.9, use_ema=True),
+            "nadam": _nadam(),
+        }
+        return SequentialOptimizer(
+            [children[name] for name in order], [3, 5][: len(order) - 1]
+        )
+
+    saved, path = _trained_file(tmp_path, make(["adam", "sgd"]), calls=6)
+    model = build(make_model(make(order)))
+    warnings_of(model.load_weights, path)
+    for finalized in (saved, model):
+        finalized.optimizer.finalize_variable_values(finalized.trainable_variables)
+    assert_same(weights_of(model.weights), weights_of(saved.weights))
+
+
+def test_added_phase_of_a_returning_child_warns_and_goes_on(tmp_path):
+    saved, path = _trained_file(tmp_path, adam_sgd())
+    adam = _adam()
+    model = build(
+        make_model(SequentialOptimizer([adam, _sgd(), adam], [BOUNDARY, BOUNDARY + 2]))
+    )
+    with pytest.warns(UserWarning, match=r"phases \[0, 1\] is loaded .* \[0, 1, 0\]"):
+        model.load_weights(path)
+    assert_same(state_of(model), state_of(saved))
+    assert int(model.optimizer.phase) == 1
+
+
+def test_third_phase_added_after_a_run_is_as_if_it_had_always_been_there(tmp_path):
+    make = CHANGED["added_at_the_end"]
+    expected = train(make_model(make()), 0, 6)
+    _, path = _trained_file(tmp_path, adam_sgd())
+    model = build(make_model(make()))
+    with pytest.warns(UserWarning, match="starts afresh|Skipping variable loading"):
+        model.load_weights(path)
+    assert_same(train(model, 4, 6), expected[4:])
+
+
+REFUSED = {
+    "exchanged": (adam_sgd, lambda: SequentialOptimizer([_adam(), _nadam()], [3])),
+    "one_more_of_a_class_in_between": (
+        adam_sgd,
+        lambda: SequentialOptimizer([_adam("adam"), _adam("new"), _sgd()], [3, 5]),
+    ),
+    "one_less_of_a_class_in_between": (
+        lambda: SequentialOptimizer([_adam("a"), _adam("b"), _sgd()], [1, 3]),
+        lambda: SequentialOptimizer([_adam("b"), _sgd()], [3]),
+    ),
+    "same_class_swapped": (
+        lambda: SequentialOptimizer([_adam("a"), _adam("b")], [3]),
+        lambda: SequentialOptimizer([_adam("b"), _adam("a")], [3]),
+    ),
+    "first_of_a_class_dropped": (
+        lambda: SequentialOptimizer([_adam("a"), _adam("b")], [3]),
+        lambda: SequentialOptimizer([_adam("b")], []),
+    ),
+    "first_of_a_class_added": (
+        lambda: SequentialOptimizer([_adam("a")], []),
+        lambda: SequentialOptimizer([_adam("new"), _adam("a")], [3]),
+    ),
+    "ema_added": (adam_sgd, lambda: adam_sgd(use_ema=True)),
+    "ema_dropped": (lambda: adam_sgd(use_ema=True), adam_sgd),
+    "accumulation_added": (adam_sgd, lambda: adam_sgd(gradient_accumulation_steps=2)),
+    "window_changed": (
+        lambda: adam_sgd(gradient_accumulation_steps=2),
+        lambda: adam_sgd(gradient_accumulation_steps=3),
+    ),
+    "plain_adam": (_adam, adam_sgd),
+    "loss_scaled": (lambda: optimizers.LossScaleOptimizer(adam_sgd()), adam_sgd),
+    "inner_exchanged": (
+        CASES["nested"].make,
+        lambda: SequentialOptimizer(
+            [
+                SequentialOptimizer([_adam(), _nadam()], [2], name="inner"),
+                optimizers.RMSprop(0.01),
+            ],
+            [3],
+        ),
+    ),
+}
+REASONS = {
+    "exchanged": "not exchanged",
+    "one_more_of_a_class_in_between": "recognizable by their class",
+    "one_less_of_a_class_in_between": "recognizable by their class",
+    "same_class_swapped": "must stay in the order",
+    "first_of_a_class_dropped": "the same class",
+    "first_of_a_class_added": "the same class",
+    "ema_added": "`use_ema` must be what it was",
+    "ema_dropped": "`use_ema` must be what it was",
+    "accumulation_added": "`gradient_accumulation_steps` must be what it was",
+    "window_changed": "`gradient_accumulation_steps` must be what it was",
+    "plain_adam": "must have been saved from one",
+    "loss_scaled": "must have been saved from one",
+    "inner_exchanged": "not exchanged",
+}
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_refuses_what_it_cannot_tell_apart(tmp_path, change):
+    make_saved, make_new = REFUSED[change]
+    _, path = _trained_file(tmp_path, make_saved(), calls=2)
+    model = build(make_model(make_new()))
+    with pytest.raises(ValueError, match=REASONS[change]):
+        warnings_of(model.load_weights, path)
+    if change != "inner_exchanged":
+        assert [int(value) for value in own_state_of(model.optimizer)] == [0, 0]
+
+
+def test_automatic_names_do_not_count(tmp_path):
+    def make(*names):
+        return SequentialOptimizer([_adam(name) for name in names], [BOUNDARY])
+
+    # Keras counts up within a process: another optimizer came first in the one run.
+    saved, path = _trained_file(tmp_path, make("adam_1", "adam_2"))
+    model = build(make_model(make("adam", "adam_1")))
+    model.load_weights(path)
+    assert_same(state_of(model), state_of(saved))
+
+
+def test_refusal_does_not_spoil_the_next_load(tmp_path, run_of):
+    run = run_of("adam_sgd")
+    _, path = _trained_file(tmp_path, _adam())
+    model = build(make_model(adam_sgd()))
+    with pytest.raises(ValueError, match="must have been saved from one"):
+        warnings_of(model.load_weights, path)
+    model.load_weights(run.folder(3) / "model.weights.h5")
+    run.assert_continues(model, 3)
+
+
+def test_skip_mismatch_turns_refusal_into_a_warning(tmp_path):
+    _, path = _trained_file(tmp_path, _adam())
+    model = build(make_model(adam_sgd()))
+    before = weights_of(model.optimizer.variables)
+    messages = warnings_of(model.load_weights, path, skip_mismatch=True)
+    assert any("must have been saved from one" in message for message in messages)
+    assert_same(weights_of(model.optimizer.variables), before)
+
+
+def test_refuses_to_load_while_unbuilt(run_of):
+    run = run_of("adam_sgd")
+    model = make_model(adam_sgd())
+    with pytest.raises(ValueError, match="must be built before"):
+        model.load_weights(run.folder(3) / "model.weights.h5")
+    assert not model.optimizer.built
+    build(model)
+    assert [int(value) for value in own_state_of(model.optimizer)] == [0, 0]
+
+
+def test_refuses_the_state_of_another_model(tmp_path):
+    _, path = _trained_file(tmp_path, adam_sgd(use_ema=True))
+    layer = keras.layers.Dense(5)
+    other = keras.Sequential([keras.Input((2,)), layer])
+    other.compile(optimizer=adam_sgd(use_ema=True), loss="mse")
+    build(other)
+    before = weights_of(other.optimizer._variables)
+    with (
+        h5py.File(path) as file,
+        pytest.raises(ValueError, match="must have one array"),
+    ):
+        other.optimizer.load_own_variables(file["optimizer/vars"])
+    assert_same(weights_of(other.optimizer._variables), before)
+
+
+def test_file_without_an_optimizer_leaves_it_as_it_is(tmp_path):
+    make_model().save_weights(tmp_path / "bare.weights.h5")
+    model = make_model(adam_sgd())
+    train(model, 0, 4)
+    before = weights_of(model.optimizer.variables)
+    messages = warnings_of(model.load_weights, tmp_path / "bare.weights.h5")
+    assert len(messages) == 3
+    assert all(message.startswith("Skipping variable loading") for message in messages)
+    assert_same(weights_of(model.optimizer.variables), before)
+
+
+@pytest.mark.parametrize("make", [_adam, adam_sgd])
+def test_unbuilt_optimizer_is_saved_and_loaded_as_a_plain_one(tmp_path, make):
+    make_model(make()).save(tmp_path / "unbuilt.keras")
+    # Keras builds the loaded optimizer, and finds no variables for what it built.
+    with pytest.warns(UserWarning, match="Skipping variable loading for optimizer"):
+        model = keras.saving.load_model(tmp_path / "unbuilt.keras")
+    assert_same(train(model, 0, 6), train(make_model(make()), 0, 6))
+
+
+# --- set_weights -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", ["one_less", "one_more", "shape"])
+def test_set_weights_sets_all_or_nothing(wrong):
+    model = make_model(adam_sgd())
+    train(model, 0, 4)
+    before = weights_of(model.optimizer.variables)
+    arrays = [array + 1 for array in before]
+    if wrong == "one_less":
+        arrays.pop()
+    elif wrong == "one_more":
+        arrays.append(np.zeros(()))
+    else:
+        arrays[-1] = np.zeros((7, 7))
+    with pytest.raises(ValueError, match="`weights` must have one array"):
+        model.optimizer.set_weights(arrays)
+    assert_same(weights_of(model.optimizer.variables), before)
+
+
+def test_set_weights_needs_a_built_optimizer():
+    with pytest.raises(ValueError, match="must be built before `set_weights`"):
+        adam_sgd().set_weights([])
+
+
+# --- pinned files ------------------------------------------------------------------
+
+
+def _keys(path):
+    keys = []
+    with h5py.File(path) as file:
+        file.visititems(
+            lambda key, item: keys.append(key) if hasattr(item, "dtype") else None
+        )
+    return sorted(key for key in keys if key.startswith("optimizer/"))
+
+
+def _vars(path, count):
+    return [f"{path}/vars/{i}" for i in range(count)]
+
+
+OWN = ["optimizer/vars/built", "optimizer/vars/layout"]
+# The parent: iterations, lowest phase that may run, phase of the last update.
+# Adam: iterations, learning rate, 2 x 4; SGD: the same two, 4; RMSprop likewise.
+KEYS = {
+    "adam_sgd": OWN
+    + _vars("optimizer", 3)
+    + _vars("optimizer/children/adam", 10)
+    + _vars("optimizer/children/sgd", 6),
+    "returning": OWN
+    + _vars("optimizer", 3)
+    + _vars("optimizer/children/adam", 10)
+    + _vars("optimizer/children/sgd", 6),
+    "same_class": OWN
+    + _vars("optimizer", 3)
+    + _vars("optimizer/children/adam", 10)
+    + _vars("optimizer/children/adam_1", 10),
+    # 4 averages.
+    "ema": OWN
+    + _vars("optimizer", 7)
+    + _vars("optimizer/children/adam", 10)
+    + _vars("optimizer/children/sgd", 6),
+    # 4 accumulators.
+    "accumulation": OWN
+    + _vars("optimizer", 7)
+    + _vars("optimizer/children/adam", 10)
+    + _vars("optimizer/children/sgd", 6),
+    "nested": OWN
+    + _vars("optimizer", 3)
+    + _vars("optimizer/children/rm_sprop", 6)
+    + _vars("optimizer/children/sequential_optimizer", 3)
+    + [
+        "optimizer/children/sequential_optimizer/vars/built",
+        "optimizer/children/sequential_optimizer/vars/layout",
+    ]
+    + _vars("optimizer/children/sequential_optimizer/children/adam", 10)
+    + _vars("optimizer/children/sequential_optimizer/children/sgd", 6),
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_keys_of_the_h5_file_stay_as_they_are(run_of, name):
+    run = run_of(name)
+    for calls in run.case.saved_after:
+        assert _keys(run.folder(calls) / "model.weights.h5") == sorted(KEYS[name])
+
+
+def test_layout_in_the_h5_file_stays_as_it_is(run_of):
+    with h5py.File(run_of("same_class").folder(4) / "model.weights.h5") as file:
+        layout = json.loads(np.asarray(file["optimizer/vars/layout"]).tobytes())
+        own = [int(file[f"optimizer/vars/{i}"][()]) for i in range(3)]
+        assert file["optimizer/vars/built"][()] == 1
+    assert layout == {
+        "version": 1,
+        "classes": ["Adam", "Adam"],
+        "names": ["first", "second"],
+        "phases": [0, 1],
+        "use_ema": False,
+        "gradient_accumulation_steps": None,
+    }
+    assert own == [BOUNDARY + 1, 0, 1]
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b'{"version": 2}', b'{"version": 1}'])
+def test_refuses_a_layout_that_it_cannot_read(run_of, text):
+    path = run_of("adam_sgd").folder(3) / "model.weights.h5"
+    optimizer = build(make_model(adam_sgd())).optimizer
+    with h5py.File(path) as file:
+        store = {key: np.asarray(file["optimizer/vars"][key]) for key in "012"}
+    store["built"] = np.uint8(1)
+    store["layout"] = np.frombuffer(text, np.uint8)
+    with pytest.raises(ValueError, match="The saved layout of a"):
+        optimizer.load_own_variables(store)
+    assert [int(value) for value in own_state_of(optimizer)] == [0, 0]
+
+
+# --- callbacks ---------------------------------------------------------------------
+
+
+def _fit(model, batches, epochs=1, initial_epoch=0, callbacks=()):
+    """Fits on these batches, in their order, in every epoch."""
+    x, y = make_data()
+    rows = x.shape[1]
+    x, y = (np.concatenate([array[b] for b in batches]) for array in (x, y))
+    return model.fit(
+        x,
+        y,
+        batch_size=rows,
+        shuffle=False,
+        epochs=epochs,
+        initial_epoch=initial_epoch,
+        callbacks=list(callbacks),
+        verbose=0,
+    )
+
+
+def test_model_checkpoint_continues_as_if_never_saved(tmp_path):
+    model = make_model(adam_sgd(), jit_compile=True)
+    # One batch an epoch, so each epoch's file is one update later.
+    save = [
+        keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras"),
+        keras.callbacks.ModelCheckpoint(
+            tmp_path / "{epoch}.weights.h5", save_weights_only=True
+        ),
+    ]
+    _fit(model, [0], epochs=6, callbacks=save)
+    expected = state_of(model)
+    loaded = keras.saving.load_model(tmp_path / "3.keras")
+    assert loaded.jit_compile
+    assert int(loaded.optimizer.iterations) == 3
+    _fit(loaded, [0], epochs=6, initial_epoch=3)
+    assert_same(state_of(loaded), expected)
+    for epoch in (2, 3, 4):
+        for trained in (model, loaded):
+            trained.load_weights(tmp_path / f"{epoch}.weights.h5")
+            assert int(trained.optimizer.iterations) == epoch
+            _fit(trained, [0], epochs=6, initial_epoch=epoch)
+            assert_same(state_of(trained), expected)
+
+
+class _Crash(keras.callbacks.Callback):
+    """Ends the process, as it were, after some updates; `advance()`s before."""
+
+    def __init__(self, updates, advance_after=None):
+        super().__init__()
+        self.updates, self.advance_after = updates, advance_after
+
+    def on_train_batch_end(self, batch, logs=None):
+        if int(self.model.optimizer.iterations) == self.advance_after:
+            self.model.optimizer.advance()
+        if int(self.model.optimizer.iterations) == self.updates:
+            raise KeyboardInterrupt
+
+
+def _backup(tmp_path):
+    return keras.callbacks.BackupAndRestore(tmp_path / "backup", save_freq=1)
+
+
+@pytest.mark.parametrize(("updates", "in_epoch"), [(2, 0), (3, 0), (4, 1)])
+def test_backup_and_restore_continues_after_a_crash(tmp_path, updates, in_epoch):
+    epoch = [0, 1, 2]
+    crashed, resumed, uninterrupted = (
+        make_model(adam_sgd(), run_eagerly=True) for _ in range(3)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        _fit(crashed, epoch, 2, callbacks=[_backup(tmp_path), _Crash(updates)])
+    _fit(resumed, epoch, 2, callbacks=[_backup(tmp_path)])
+    # Keras begins the interrupted epoch again.
+    batches = (epoch + epoch)[:updates] + epoch * (2 - in_epoch)
+    _fit(uninterrupted, batches)
+    assert int(resumed.optimizer.iterations) == len(batches)
+    assert_same(state_of(resumed), state_of(uninterrupted))
+
+
+def test_backup_keeps_a_phase_ended(tmp_path):
+    crashed, resumed = (
+        make_model(adam_sgd([None]), run_eagerly=True) for _ in range(2)
+    )
+    crash = _Crash(updates=4, advance_after=2)
+    with pytest.raises(KeyboardInterrupt):
+        _fit(crashed, [0, 1, 2, 3, 4], callbacks=[_backup(tmp_path), crash])
+    _fit(resumed, [0, 1], callbacks=[_backup(tmp_path)])
+    uninterrupted = make_model(adam_sgd([2]), run_eagerly=True)
+    _fit(uninterrupted, [0, 1, 2, 3, 0, 1])
+    assert int(resumed.optimizer.phase) == 1
+    ours, theirs = (
+        [weights_of(model.weights)]
+        + [weights_of(child.variables) for child in model.optimizer.children]
+        for model in (resumed, uninterrupted)
+    )
+    assert_same(ours, theirs)
+
+
+# --- the user's own classes and functions ------------------------------------------
+
+
+class _SignDescent(optimizers.Optimizer):
+    """A user's own optimizer, with an argument and a variable of its own."""
+
+    def __init__(self, learning_rate=0.01, decay=0.5, **kwargs):
+        super().__init__(learning_rate=learning_rate, **kwargs)
+        self.decay = decay
+
+    def build(self, variables):
+        if self.built:
+            return
+        super().build(variables)
+        self.sums = [self.add_variable_from_reference(v, "sum") for v in variables]
+
+    def update_step(self, gradient, variable, learning_rate):
+        total = self.sums[self._get_variable_index(variable)]
+        self.assign(total, total * self.decay + gradient)
+        self.assign_sub(variable, learning_rate * keras.ops.sign(total))
+
+    def get_config(self):
+        return {**super().get_config(), "decay": self.decay}
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class _Registered(_SignDescent):
+    pass
+
+
+def _with_own_class(cls):
+    return SequentialOptimizer([_adam(), cls(0.02, decay=0.25)], [BOUNDARY])
+
+
+@pytest.mark.parametrize("calls", [2, 3, 4])
+@pytest.mark.parametrize("cls", [_SignDescent, _Registered])
+def test_child_of_a_users_own_class_continues(tmp_path, cls, calls):
+    expected = train(make_model(_with_own_class(cls)), 0, 6)
+    model = make_model(_with_own_class(cls))
+    train(model, 0, calls)
+    model.save(tmp_path / "own.keras")
+    custom_objects = None if cls is _Registered else {cls.__name__: cls}
+    loaded = keras.saving.load_model(tmp_path / "own.keras", custom_objects)
+    assert type(loaded.optimizer.children[1]) is cls
+    assert loaded.optimizer.children[1].decay == 0.25
+    assert_same(state_of(loaded), expected[calls - 1])
+    assert_same(train(loaded, calls, 6), expected[calls:])
+
+
+def _alone(child):
+    return child
+
+
+def _in_sequence(child):
+    return SequentialOptimizer([child, _sgd()], [BOUNDARY])
+
+
+@pytest.mark.parametrize("around", [_alone, _in_sequence])
+def test_custom_objects_are_needed_as_for_a_plain_optimizer(tmp_path, around):
+    # Keras finds a class of a module by itself, but not one of a function.
+    class Local(_SignDescent):
+        pass
+
+    model = build(make_model(around(Local())))
+    model.save(tmp_path / "own.keras")
+    with pytest.raises(TypeError, match="Could not locate class 'Local'"):
+        keras.saving.load_model(tmp_path / "own.keras")
+    with keras.saving.custom_object_scope({"Local": Local}):
+        loaded = keras.saving.load_model(tmp_path / "own.keras")
+    assert_same(state_of(loaded), state_of(model))
+
+
+def test_from_config_passes_custom_objects_and_leaves_the_config():
+    # Keras puts the schedule itself in its place, in the config that it is given.
+    schedule = optimizers.schedules.ExponentialDecay(0.05, 1, 0.5)
+    config = SequentialOptimizer(
+        [optimizers.SGD(schedule), _SignDescent()], [BOUNDARY]
+    ).get_config()
+    before = copy.deepcopy(config)
+    optimizer = SequentialOptimizer.from_config(
+        config, custom_objects={"_SignDescent": _SignDescent}
+    )
+    assert type(optimizer.children[1]) is _SignDescent
+    assert config == before
+
+
+@pytest.mark.parametrize("around", [_alone, _in_sequence])
+def test_lambda_needs_safe_mode_off_as_for_a_plain_optimizer(tmp_path, around):
+    def make():
+        return around(optimizers.Adam(lambda: 0.03))
+
+    model = make_model(make())
+    train(model, 0, 2)
+    with pytest.warns(UserWarning, match="includes a `lambda`"):
+        model.save(tmp_path / "lambda.keras")
+    with pytest.raises(ValueError, match="safe_mode"):
+        keras.saving.load_model(tmp_path / "lambda.keras", safe_mode=True)
+    loaded = keras.saving.load_model(tmp_path / "lambda.keras", safe_mode=False)
+    assert_same(train(loaded, 2, 6), train(model, 2, 6))
+
+
+def test_registered_function_needs_no_safe_mode_off(tmp_path):
+    model = make_model(
+        SequentialOptimizer([_sgd(), optimizers.Adam(_learning_rate)], [BOUNDARY])
+    )
+    train(model, 0, BOUNDARY)
+    model.save(tmp_path / "function.keras")
+    loaded = keras.saving.load_model(tmp_path / "function.keras")
+    assert_same(train(loaded, BOUNDARY, 6), train(model, BOUNDARY, 6))
+
+
+@keras.saving.register_keras_serializable(package="tests")
+def _learning_rate():
+    return 0.03
