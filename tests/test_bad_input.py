@@ -91,11 +91,11 @@ def test_learning_rate_of_the_parent():
 def test_identifiers_are_what_keras_takes():
     config = keras.optimizers.serialize(keras.optimizers.SGD(0.5, momentum=0.9))
     before = repr(config)
-    optimizer = SequentialOptimizer(["adam", config, "adam"], [3, 5])
+    optimizer = SequentialOptimizer(["adam", config, "rmsprop"], [3, 5])
     assert [type(child).__name__ for child in optimizer.children] == [
         "Adam",
         "SGD",
-        "Adam",
+        "RMSprop",
     ]
     assert optimizer.children[1].momentum == 0.9
     assert repr(config) == before

@@ -5,6 +5,7 @@ import io
 import os
 import re
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -21,6 +22,8 @@ def picture(tmp_path_factory):
 @pytest.fixture(scope="module")
 def quick_run(picture):
     """Exit code and output of the command with `--quick`."""
+    # As in a new process, where the names of the children are not numbered.
+    keras.utils.clear_session(free_memory=False)
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         code = digits.main(["--quick", "--picture", str(picture)])

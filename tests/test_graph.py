@@ -123,7 +123,12 @@ def test_operations_still_have_the_private_set_attr():
 def test_nothing_is_public_by_accident():
     import sequential_optimizer
 
-    assert sequential_optimizer.__all__ == ["SequentialOptimizer"]
+    assert sequential_optimizer.__all__ == [
+        "PhaseLogger",
+        "SequentialOptimizer",
+        "SwitchOnPlateau",
+        "plot_history",
+    ]
     own = {
         name
         for name in vars(SequentialOptimizer)
