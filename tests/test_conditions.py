@@ -175,10 +175,121 @@ def train_loop(optimizer, rule):
         start = [tf.constant(0), tf.zeros(STEPS, tf.int32)]
         return tf.while_loop(lambda i, _: i < STEPS, step, start)[1]
 
-    half = STEPS // 2
-    # In two calls, so that the second one could retrace.
-    phases = [*train(X[:half], Y[:half]).numpy()[:half]] if False else None
-    del phases
-    result = train(tf.constant(X), tf.constant(Y))
+    phases = train(tf.constant(X), tf.constant(Y)).numpy().tolist()
     assert train.experimental_get_tracing_count() == 1
-    return weights, result.numpy().tolist()
+    return weights, phases
+
+
+SETTINGS = {
+    "step": lambda optimizer, rule: train_steps(optimizer, rule, jit_compile=False),
+    "jitted step": lambda optimizer, rule: train_steps(optimizer, rule, True),
+    "jitted while_loop": train_loop,
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", RULES)
+def test_switches_at_the_step_where_eager_python_does(name, setting):
+    in_graph, in_python, threshold = RULES[name]
+    plain = make_children()
+    expected, expected_phases = train_plain(plain, in_python(threshold))
+    # It does switch, and neither at once nor at the end.
+    assert 5 < expected_phases.index(1) < STEPS - 5
+
+    optimizer = SequentialOptimizer(make_children(), [None])
+    weights, phases = SETTINGS[setting](optimizer, in_graph(threshold))
+    assert phases == expected_phases
+    counts = [int(child.iterations) for child in optimizer.children]
+    assert counts == [int(child.iterations) for child in plain]
+    # Adding up in another order moves the last digits.
+    assert_same(weights_of(weights), weights_of(expected), atol=1e-5)
+
+
+def below_each(rule, thresholds):
+    """Returns a rule with one threshold a phase, as the recipe writes it."""
+
+    def rule_of_phase(optimizer, loss, gradients):
+        threshold = tf.gather(tf.constant(thresholds), optimizer.phase)
+        return rule(threshold)(optimizer, loss, gradients)
+
+    return rule_of_phase
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_each_phase_may_have_a_threshold_of_its_own(setting):
+    thresholds = [2.0, 0.5]
+    plain = [*make_children(), keras.optimizers.RMSprop(0.01)]
+    phase = 0
+
+    def in_python(loss, gradients):
+        nonlocal phase
+        ends = plain_norm_below(thresholds[phase])(loss, gradients)
+        phase += ends
+        return ends
+
+    _, expected_phases = train_plain(plain, in_python)
+    assert set(expected_phases) == {0, 1, 2}
+
+    children = [*make_children(), keras.optimizers.RMSprop(0.01)]
+    optimizer = SequentialOptimizer(children, [None, None])
+    rule = below_each(norm_below, [*thresholds, 0.0])
+    _, phases = SETTINGS[setting](optimizer, rule)
+    assert phases == expected_phases
+
+
+@pytest.mark.parametrize("setting", ["jitted step", "jitted while_loop"])
+def test_condition_that_goes_on_being_true_ends_one_phase_a_step(setting):
+    children = [*make_children(), keras.optimizers.RMSprop(0.01)]
+    optimizer = SequentialOptimizer(children, [None, None])
+    _, phases = SETTINGS[setting](optimizer, loss_below(math.inf))
+    assert phases == [0, 1] + [2] * (STEPS - 2)
+
+
+@pytest.mark.parametrize("boundary", [3, 30])
+def test_boundary_or_condition_whichever_comes_first(boundary):
+    _, alone = train_plain(make_children(), plain_loss_below(0.5))
+    optimizer = SequentialOptimizer(make_children(), [boundary])
+    _, phases = train_loop(optimizer, loss_below(0.5))
+    assert 3 < alone.index(1) < 30
+    assert phases.index(1) == min(alone.index(1), boundary)
+
+
+def test_if_of_autograph_is_a_condition_too():
+    weights = make_weights()
+    optimizer = SequentialOptimizer(make_children(), [None])
+    optimizer.build(weights)
+
+    @tf.function(jit_compile=True)
+    def train_step(x, y):
+        loss, gradients = loss_and_gradients(weights, x, y)
+        optimizer.apply(gradients, weights)
+        if loss < 0.5:
+            optimizer.advance()
+
+    for x, y in zip(X, Y, strict=True):
+        train_step(x, y)
+    _, expected_phases = train_plain(make_children(), plain_loss_below(0.5))
+    assert int(optimizer.children[0].iterations) == expected_phases.index(1)
+    assert train_step.experimental_get_tracing_count() == 1
+
+
+def test_condition_under_loss_scaling():
+    weights = make_weights()
+    optimizer = SequentialOptimizer(make_children(), [None])
+    scaled = keras.optimizers.LossScaleOptimizer(optimizer)
+    scaled.build(weights)
+
+    @tf.function(jit_compile=True)
+    def train_step(x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((x @ weights[0].value + weights[1].value - y) ** 2)
+            scaled_loss = scaled.scale_loss(loss)
+        gradients = tape.gradient(scaled_loss, [weight.value for weight in weights])
+        scaled.apply(gradients, weights)
+        tf.cond(loss < 0.5, optimizer.advance, lambda: optimizer.phase)
+
+    for x, y in zip(X, Y, strict=True):
+        train_step(x, y)
+    _, expected_phases = train_plain(make_children(), plain_loss_below(0.5))
+    assert int(optimizer.children[0].iterations) == expected_phases.index(1)
+    assert train_step.experimental_get_tracing_count() == 1

@@ -41,7 +41,7 @@ def names(tmp_path, monkeypatch):
 
 def test_examples_of_the_readme(names):
     blocks = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 6
+    assert len(blocks) == 8
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert {0, 1} == set(names["history"].history["phase"])
