@@ -64,8 +64,9 @@ def _child_of(sequence: SequentialOptimizer, phase: int) -> Any:
 
 
 def _phase_of_last_update(sequence: SequentialOptimizer) -> int:
-    # No later than the last, if phases were dropped since it was saved.
-    return min(int(sequence._last_phase), sequence._phases.last)
+    phase = int(sequence._last_phase)
+    # There is none before the first update, nor if that phase has been dropped.
+    return phase if 0 <= phase <= sequence._phases.last else int(sequence.phase)
 
 
 class _Switch(NamedTuple):
@@ -98,14 +99,14 @@ class _Watch:
         iteration, made_before = self._iteration, self._made
         self._note()
         left = [now - then for now, then in zip(self._made, made_before, strict=True)]
-        # Back to an earlier phase goes who edits the boundaries of a resumed run.
-        path = range(first, last + 1) if first < last else (first, last)
+        if last < first:  # the boundaries of a resumed run were raised
+            return [_Switch(iteration, first, last)]
         found = []
-        for before, after in itertools.pairwise(path):
-            updates = self._updates_in(before, last, iteration, left)
-            left[self._sequence._phases.children[before]] -= updates
+        for phase in range(first, last):
+            updates = self._updates_in(phase, last, iteration, left)
+            left[self._sequence._phases.children[phase]] -= updates
             iteration += updates
-            found.append(_Switch(iteration, before, after))
+            found.append(_Switch(iteration, phase, phase + 1))
         return found
 
     def _updates_in(

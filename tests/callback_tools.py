@@ -24,19 +24,21 @@ class Counting(keras.Sequential):
 
 
 def make_model(optimizer, model_class=Counting, **kwargs):
-    """Returns a small compiled model, with the same weights at every call."""
+    """Returns a small compiled model, with the same weights at every call.
+
+    It runs eagerly unless it is told otherwise: that takes half the time.
+    """
     model = model_class(
         [
             keras.Input((3,)),
-            keras.layers.Dense(2, kernel_initializer=keras.initializers.HeNormal(1)),
-            keras.layers.Dense(1, kernel_initializer=keras.initializers.HeNormal(2)),
+            keras.layers.Dense(1, kernel_initializer=keras.initializers.HeNormal(1)),
         ]
     )
-    model.compile(optimizer, loss="mse", **{"jit_compile": False, **kwargs})
+    model.compile(optimizer, loss="mse", **(kwargs or {"run_eagerly": True}))
     return model
 
 
-def make_sequence(boundaries, children=("adam", "sgd", "rmsprop", "lion"), **kwargs):
+def make_sequence(boundaries, children=("sgd", "adam", "rmsprop", "lion"), **kwargs):
     """Returns a sequence of children that keep state, named as in `children`."""
     makers = {
         "adam": lambda: keras.optimizers.Adam(0.05, name="adam"),
@@ -54,7 +56,6 @@ def make_sequence(boundaries, children=("adam", "sgd", "rmsprop", "lion"), **kwa
 def fit(model, epochs, callbacks, batches=2, **kwargs):
     """Fits the model to the same batches in every epoch."""
     rows = batches * BATCH
-    kwargs = {"validation_data": (X[-8:], Y[-8:]), "verbose": 0, **kwargs}
     return model.fit(
         X[:rows],
         Y[:rows],
@@ -62,7 +63,7 @@ def fit(model, epochs, callbacks, batches=2, **kwargs):
         epochs=epochs,
         shuffle=False,
         callbacks=callbacks,
-        **kwargs,
+        **{"verbose": 0, **kwargs},
     )
 
 
