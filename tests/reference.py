@@ -105,6 +105,13 @@ def assert_same(actual, expected, atol=0.0):
         if isinstance(a, list):
             assert_same(a, b, atol)
         elif atol:
-            np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=f"at {index}")
+            # float64, because NumPy cannot compare bfloat16 with a tolerance.
+            np.testing.assert_allclose(
+                a.astype(np.float64),
+                b.astype(np.float64),
+                rtol=0,
+                atol=atol,
+                err_msg=f"at {index}",
+            )
         else:
             np.testing.assert_array_equal(a, b, err_msg=f"at {index}")
