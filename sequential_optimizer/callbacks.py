@@ -165,11 +165,16 @@ class SwitchOnPlateau(keras.callbacks.Callback):
 
     Example:
 
-    ```python
-    optimizer = SequentialOptimizer(["adam", "sgd"], boundaries=[None])
-    model.compile(optimizer, loss="mse")
-    model.fit(..., callbacks=[SwitchOnPlateau("val_loss", patience=5)])
-    ```
+    >>> import keras
+    >>> import numpy as np
+    >>> from sequential_optimizer import SequentialOptimizer, SwitchOnPlateau
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    >>> model.compile(SequentialOptimizer(["adam", "sgd"], [None]), loss="mse")
+    >>> x = np.ones((8, 1))
+    >>> callback = SwitchOnPlateau("loss", patience=2, min_delta=1.0)
+    >>> history = model.fit(x, 0 * x, epochs=3, verbose=0, callbacks=[callback])
+    >>> int(model.optimizer.phase)
+    1
 
     Args:
         monitor: string, name of the metric in the logs. Defaults to `"val_loss"`.
@@ -377,10 +382,16 @@ class PhaseLogger(keras.callbacks.Callback):
 
     Example:
 
-    ```python
-    history = model.fit(..., callbacks=[PhaseLogger()])
-    history.history["phase"]  # [0, 0, 0, 1, 1]
-    ```
+    >>> import keras
+    >>> import numpy as np
+    >>> from sequential_optimizer import PhaseLogger, SequentialOptimizer
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    >>> model.compile(SequentialOptimizer(["adam", "lion"], [2]), loss="mse")
+    >>> x = np.ones((8, 1))
+    >>> history = model.fit(x, x, epochs=3, verbose=0, callbacks=[PhaseLogger()])
+    iteration 2: adam -> lion
+    >>> history.history["phase"]
+    [0, 0, 1]
 
     Args:
         per_batch: bool, whether the logs of each batch get the two as well. Defaults

@@ -44,10 +44,11 @@ def plot_history(
 
     Example:
 
-    ```python
-    history = model.fit(..., callbacks=[PhaseLogger()])
-    plot_history(history).figure.savefig("history.png")
-    ```
+    >>> from sequential_optimizer import plot_history
+    >>> history = {"loss": [3.0, 2.0, 1.5, 1.4], "phase": [0, 0, 1, 1]}
+    >>> axes = plot_history(history, names=["adam", "sgd"])
+    >>> axes.get_xlabel()
+    'epoch'
     """
     try:
         import matplotlib.pyplot as plt

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import sequential_optimizer.optimizer
+import sequential_optimizer
 from sequential_optimizer import SequentialOptimizer
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -51,8 +51,14 @@ def test_examples_of_the_readme(names):
     assert int(names["model"].optimizer.children[0].iterations) == 3
 
 
-def test_examples_of_the_docstrings():
-    results = doctest.testmod(sequential_optimizer.optimizer)
+@pytest.mark.parametrize(
+    "name", ["SequentialOptimizer", "SwitchOnPlateau", "PhaseLogger", "plot_history"]
+)
+def test_example_of_the_docstring(name):
+    mpl.use("agg")
+    public = getattr(sequential_optimizer, name)
+    (test,) = doctest.DocTestFinder(recurse=False).find(public, name)
+    results = doctest.DocTestRunner().run(test)
     assert results.attempted > 0
     assert results.failed == 0
 
