@@ -206,11 +206,9 @@ def read_own(
     check_loadable(saved_layout, layout, by_position=False)
     count = sum(key.isdigit() for key in keys)
     values = [np.asarray(store[str(i)]) for i in range(count)]
-    values[_LAST_PHASE] = np.full_like(
-        values[_LAST_PHASE],
-        _same_phase(saved_layout, layout, int(values[_LAST_PHASE])),
-    )
     set_all("The file", values, variables)
+    last_phase = variables[_LAST_PHASE]
+    last_phase.assign(_same_phase(saved_layout, layout, int(last_phase)))
 
 
 def _same_phase(saved: Layout, current: Layout, phase: int) -> int:

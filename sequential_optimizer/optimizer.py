@@ -219,7 +219,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                 "the phase has no Python value while a graph is traced. Use the "
                 "tensor `phase` in the graph instead."
             )
-        return self.children[int(self._active_index())]
+        return self.children[int(self._phases.child(self.phase))]
 
     @_as_written
     def advance(self) -> tf.Tensor:
@@ -257,7 +257,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         if tf.executing_eagerly():
             return self.active_child().learning_rate
         return self._switch(
-            lambda i: tf.cast(self.children[i].learning_rate, keras.config.floatx())
+            self.phase,
+            lambda i: tf.cast(self.children[i].learning_rate, keras.config.floatx()),
         )
 
     @learning_rate.setter
@@ -276,7 +277,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         def set_on_child(i: int) -> None:
             self.children[i].learning_rate = learning_rate
 
-        self._switch(set_on_child)
+        self._switch(self.phase, set_on_child)
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -440,27 +441,29 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         """Lets the child of the current phase make the update."""
 
         def update_with(i: int) -> None:
-            child = self.children[i]
-            is_first = tf.equal(child.iterations, 0)
-            for copied, variable in self._snapshots[i]:
-                slot = child.variables[copied]
-                weight = self._trainable_variables[variable]
-                child.assign(slot, tf.where(is_first, weight, slot))
-            child.apply(with_constant_shapes(grads, variables), variables)
+            self._retake_snapshots(i)
+            self.children[i].apply(with_constant_shapes(grads, variables), variables)
 
         phase = self.phase
-        self._switch(update_with)
+        self._switch(phase, update_with)
         self.assign(self._last_phase, phase)
 
-    def _switch(self, branch: Callable[[int], Any]) -> Any:
-        """Runs `branch` on the index of the current phase's child, in the graph."""
+    def _retake_snapshots(self, i: int) -> None:
+        """Before a child's first update, copies the weights as its `build` did."""
+        if not self._snapshots[i]:
+            return
+        child = self.children[i]
+        slots, is_first = child.variables, tf.equal(child.iterations, 0)
+        for copied, variable in self._snapshots[i]:
+            weight = self._trainable_variables[variable]
+            child.assign(slots[copied], tf.where(is_first, weight, slots[copied]))
+
+    def _switch(self, phase: tf.Tensor, branch: Callable[[int], Any]) -> Any:
+        """Runs `branch` on the index of the child of `phase`, in the graph."""
         return switch_case(
-            self._active_index(),
+            self._phases.child(phase),
             [functools.partial(branch, i) for i in range(len(self.children))],
         )
-
-    def _active_index(self) -> tf.Tensor:
-        return self._phases.child(self.phase)
 
     def _update_averages(self) -> None:
         self._update_model_variables_moving_average(self._trainable_variables)

@@ -17,6 +17,15 @@ def mode(request):
     return request.param
 
 
+@pytest.fixture
+def policy(request):
+    """Sets the dtype policy for a test."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(request.param)
+    yield request.param
+    keras.config.set_dtype_policy(before)
+
+
 @pytest.fixture(autouse=True)
 def _same_start():
     """Starts every test from the same seeds and the same automatic names."""

@@ -5,7 +5,6 @@ call. Whatever was saved must go on to the same states, bit by bit.
 """
 
 import functools
-import gc
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,10 +21,6 @@ from tests.reference import assert_same, weights_of
 
 optimizers = keras.optimizers
 schedules = keras.optimizers.schedules
-
-# `clear_session` collects garbage before every test; without the many objects of
-# the imported libraries that takes 10 ms instead of 250.
-gc.freeze()
 
 BOUNDARY = 3
 ROWS, FEATURES = 16, 4

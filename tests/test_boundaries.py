@@ -1,6 +1,7 @@
 """The boundary rule: which phase update number t runs in."""
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 from hypothesis import given, settings
@@ -120,8 +121,6 @@ def test_boundaries_out_of_order_are_refused(values, message):
 
 
 def test_numpy_integers_are_boundaries():
-    import numpy as np
-
     optimizer = SequentialOptimizer(["adam", "sgd", "lion"], np.array([3, 5]))
     assert optimizer.get_config()["boundaries"] == [3, 5]
     assert {type(b) for b in optimizer.get_config()["boundaries"]} == {int}

@@ -4,6 +4,7 @@ import keras
 import pytest
 import tensorflow as tf
 
+import sequential_optimizer
 from sequential_optimizer import SequentialOptimizer
 from sequential_optimizer.switching import PROPAGATE_CONSTANTS
 from tests.reference import make_gradients, make_variables
@@ -121,8 +122,6 @@ def test_operations_still_have_the_private_set_attr():
 
 
 def test_nothing_is_public_by_accident():
-    import sequential_optimizer
-
     assert sequential_optimizer.__all__ == [
         "PhaseLogger",
         "SequentialOptimizer",

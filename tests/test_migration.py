@@ -171,15 +171,8 @@ def test_fit_goes_on_as_phase_0(tmp_path):
     assert_same(weights_of(sgd.variables), weights_of(sgd_alone.variables))
 
 
-@pytest.fixture
-def _mixed_float16():
-    keras.config.set_dtype_policy("mixed_float16")
-    yield
-    keras.config.set_dtype_policy("float32")
-
-
-@pytest.mark.usefixtures("_mixed_float16")
-def test_mixed_precision_run_goes_on_with_its_inner_optimizer(tmp_path):
+@pytest.mark.parametrize("policy", ["mixed_float16"], indirect=True)
+def test_mixed_precision_run_goes_on_with_its_inner_optimizer(tmp_path, policy):
     path = _save_plain(tmp_path, PLAIN["adam"])
     plain = keras.saving.load_model(path)
     model = keras.saving.load_model(path)

@@ -463,15 +463,6 @@ FIT_MODES = {
 }
 
 
-@pytest.fixture
-def policy(request):
-    """Sets the dtype policy for a test."""
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(request.param)
-    yield
-    keras.config.set_dtype_policy(before)
-
-
 class CountTraces(keras.callbacks.Callback):
     """Notes after each epoch how often the train step has been traced."""
 

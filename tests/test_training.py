@@ -103,14 +103,6 @@ def test_fit_equals_two_fits_with_plain_optimizers(mode):
     assert int(optimizer.iterations) == UPDATES
 
 
-@pytest.fixture
-def policy(request):
-    """Sets the dtype policy for a test."""
-    keras.config.set_dtype_policy(request.param)
-    yield request.param
-    keras.config.set_dtype_policy("float32")
-
-
 # mixed_float16, with its loss scaling, is in test_switch_on_plateau.py.
 @pytest.mark.parametrize("jit_compile", [True, False])
 @pytest.mark.parametrize(
