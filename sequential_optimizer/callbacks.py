@@ -64,9 +64,14 @@ def _child_of(sequence: SequentialOptimizer, phase: int) -> Any:
 
 
 def _phase_of_last_update(sequence: SequentialOptimizer) -> int:
-    phase = int(sequence._last_phase)
+    phase = _count(sequence._last_phase)
     # There is none before the first update, nor if that phase has been dropped.
     return phase if 0 <= phase <= sequence._phases.last else int(sequence.phase)
+
+
+def _count(counter: keras.Variable) -> int:
+    # Keras' variables that are mirrored on several devices have no `__int__`.
+    return int(counter.numpy())
 
 
 class _Switch(NamedTuple):
@@ -88,8 +93,8 @@ class _Watch:
 
     def _note(self) -> None:
         self._phase = _phase_of_last_update(self._sequence)
-        self._iteration = int(self._sequence.iterations)
-        self._made = [int(child._iterations) for child in self._sequence.children]
+        self._iteration = _count(self._sequence.iterations)
+        self._made = [_count(child._iterations) for child in self._sequence.children]
 
     def switches(self) -> list[_Switch]:
         """Returns the switches since the last call, in their order."""
@@ -304,7 +309,7 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         if in_cooldown:
             return False
         plateau.wait += 1
-        updates = int(self._sequence.iterations) - plateau.started
+        updates = _count(self._sequence.iterations) - plateau.started
         return plateau.wait >= self.patience and updates >= self.min_iterations
 
     def _switch(self, epoch: int, plateau: _Plateau) -> None:
@@ -328,7 +333,7 @@ class SwitchOnPlateau(keras.callbacks.Callback):
             del self._sequence._notes.arrays[key]
         return _Plateau(
             phase=phase,
-            started=int(self._sequence.iterations),
+            started=_count(self._sequence.iterations),
             best=-self._sign * math.inf,
             next_epoch=next_epoch,
             cooldown=cooldown,

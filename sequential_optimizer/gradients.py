@@ -62,7 +62,11 @@ def with_constant_shapes(grads: Sequence[Any], variables: Sequence[Any]) -> list
     branch is not a constant there (see `switch_case`).
     """
     return [
-        tf.IndexedSlices(gradient.values, gradient.indices, tuple(variable.shape))
+        tf.IndexedSlices(
+            gradient.values,
+            gradient.indices,
+            tf.constant(tuple(variable.shape), tf.int64),
+        )
         if isinstance(gradient, tf.IndexedSlices)
         else gradient
         for gradient, variable in zip(grads, variables, strict=True)

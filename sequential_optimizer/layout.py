@@ -208,7 +208,7 @@ def read_own(
     values = [np.asarray(store[str(i)]) for i in range(count)]
     set_all("The file", values, variables)
     last_phase = variables[_LAST_PHASE]
-    last_phase.assign(_same_phase(saved_layout, layout, int(last_phase)))
+    last_phase.assign(_same_phase(saved_layout, layout, int(last_phase.numpy())))
 
 
 def _same_phase(saved: Layout, current: Layout, phase: int) -> int:

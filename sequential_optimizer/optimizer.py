@@ -18,6 +18,15 @@ from sequential_optimizer.children import (
     distinct,
     get_children,
 )
+from sequential_optimizer.distribution import (
+    check_accumulation,
+    check_in_replica,
+    check_strategy,
+    for_each_replica,
+    has_several_workers,
+    largest_of_workers,
+    once_for_all,
+)
 from sequential_optimizer.gradients import (
     add_to,
     check_gradients,
@@ -148,6 +157,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         **kwargs: Any,
     ) -> None:
         check_settings(kwargs)
+        check_accumulation(gradient_accumulation_steps)
         children, child_of_phase = distinct(get_children(optimizers))
         phases = Phases(
             check_boundaries(boundaries, len(child_of_phase)), child_of_phase
@@ -232,17 +242,15 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         Returns:
             The new phase, a scalar int32 tensor.
         """
-        phase = self.phase
-        new_phase = tf.minimum(phase + 1, self._phases.last)
-        self.assign(
-            self._min_phase,
-            tf.where(
-                new_phase > phase,
-                tf.cast(new_phase, self._min_phase.dtype),
-                self._min_phase,
-            ),
-        )
+        new_phase = tf.minimum(self.phase + 1, self._phases.last)
+        once_for_all(self._end_phase)
         return new_phase
+
+    def _end_phase(self) -> None:
+        phase = self.phase
+        new_phase = tf.cast(phase + 1, self._min_phase.dtype)
+        is_last = tf.equal(phase, self._phases.last)
+        self.assign(self._min_phase, tf.where(is_last, self._min_phase, new_phase))
 
     @property
     @_as_written
@@ -274,10 +282,16 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                 "Set a schedule outside of the graph, on the child itself."
             )
 
-        def set_on_child(i: int) -> None:
+        once_for_all(self._set_learning_rate, learning_rate)
+
+    def _set_learning_rate(self, learning_rate: Any) -> None:
+        @_as_written
+        def set_on_child(i: int, learning_rate: Any) -> None:
             self.children[i].learning_rate = learning_rate
 
-        self._switch(self.phase, set_on_child)
+        self._switch(
+            self.phase, lambda i: for_each_replica(set_on_child, i, learning_rate)
+        )
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -326,6 +340,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                 f"Received: `{self.name}`. Create a new optimizer."
             )
         variables = list(variables)
+        self._check_strategy()
         check_built_on(variables, self.children, self._var_key)
         # Keras may call this while it traces the train step.
         with tf.init_scope():
@@ -371,19 +386,36 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         grads = list(grads)
         if not grads:
             return
+        if tf.distribute.has_strategy():
+            check_in_replica()
+            self._check_strategy()
         variables = self._variables_for(grads, trainable_variables)
         with tf.name_scope(self.name):
+            if has_several_workers():
+                self._agree_on_min_phase()
             if self.loss_scale_factor is not None:
                 grads = divide(grads, self.loss_scale_factor, variables)
-            if self.gradient_accumulation_steps:
-                self._accumulate(grads, variables)
-            else:
-                self._update(grads, variables)
-            if self.use_ema:
-                self._update_averages()
+            once_for_all(self._apply, grads, variables)
+
+    def _agree_on_min_phase(self) -> None:
+        """Ends a phase that any worker has ended, for all of them."""
+        self.assign(
+            self._min_phase, largest_of_workers(self._min_phase, self._phases.last)
+        )
+
+    def _apply(self, grads: list[Any], variables: list[Any]) -> None:
+        if self.gradient_accumulation_steps:
+            self._accumulate(grads, variables)
+        else:
+            self._update(grads, variables)
+        if self.use_ema:
+            self._update_averages()
         # One operation: `Variable.assign_add` of Keras reads and writes, and under
         # an asynchronous parameter server loses updates in between.
         self.assign_add(self._iterations, 1)
+
+    def _check_strategy(self) -> None:
+        check_strategy(self.name, [one._iterations for one in [self, *self.children]])
 
     def _variables_for(
         self, grads: list[Any], trainable_variables: Sequence[Any] | None
@@ -442,11 +474,15 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
 
         def update_with(i: int) -> None:
             self._retake_snapshots(i)
-            self.children[i].apply(with_constant_shapes(grads, variables), variables)
+            for_each_replica(self._apply_child, i, grads, variables)
 
         phase = self.phase
         self._switch(phase, update_with)
         self.assign(self._last_phase, phase)
+
+    @_as_written
+    def _apply_child(self, i: int, grads: list[Any], variables: list[Any]) -> None:
+        self.children[i].apply(with_constant_shapes(grads, variables), variables)
 
     def _retake_snapshots(self, i: int) -> None:
         """Before a child's first update, copies the weights as its `build` did."""

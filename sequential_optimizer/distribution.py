@@ -1,0 +1,128 @@
+"""Where the code of an optimizer runs under `tf.distribute`.
+
+A replica cannot switch by itself: the child in a branch has to meet the other replicas
+(`merge_call`), and TensorFlow refuses that inside of a branch. So the replicas meet
+first, one switch is made for all of them, and inside its branch each goes its own way
+again. Keras' `LossScaleOptimizer` does the same.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import tensorflow as tf
+
+
+def check_accumulation(steps: int | None) -> None:
+    """Raises ValueError if gradients cannot be accumulated under this strategy."""
+    if steps is None or not tf.distribute.has_strategy():
+        return
+    if not isinstance(tf.distribute.get_strategy(), tf.distribute.OneDeviceStrategy):
+        raise ValueError(
+            "`gradient_accumulation_steps` must be `None` under a strategy that may "
+            "have several replicas or workers, because what each of them has "
+            "accumulated would be lost when the optimizer is saved. "
+            f"Received: gradient_accumulation_steps={steps} {_here()}. Use a larger "
+            "batch, or a strategy of one device."
+        )
+
+
+def check_strategy(name: str, variables: Iterable[Any]) -> None:
+    """Raises ValueError unless the variables were created under this strategy.
+
+    Args:
+        name: of the optimizer that they belong to, for the error.
+        variables: Keras variables.
+    """
+    extended = tf.distribute.get_strategy().extended
+    if not all(extended.variable_created_in_scope(v.value) for v in variables):
+        raise ValueError(
+            "A `SequentialOptimizer` and its children must be created and built under "
+            f"the strategy that they run in. Received: `{name}`, created elsewhere, "
+            f"{_here()}. Create the model and all optimizers, and build them, inside "
+            "of `with strategy.scope():`."
+        )
+
+
+def check_in_replica() -> None:
+    """Raises ValueError in cross-replica context."""
+    if tf.distribute.in_cross_replica_context():
+        raise ValueError(
+            "`apply` must be called in each replica. Received: a call in cross-replica "
+            f"context {_here()}. Call it in the function that you pass to "
+            "`strategy.run(...)`."
+        )
+
+
+def _here() -> str:
+    if not tf.distribute.has_strategy():
+        return "without a strategy"
+    return f"under `{type(tf.distribute.get_strategy()).__name__}`"
+
+
+def once_for_all(function: Callable[..., None], *args: Any) -> None:
+    """Calls `function` once for all replicas, from each of which this is called.
+
+    Args:
+        function: is called in cross-replica context, or right here if there is no
+            strategy.
+        *args: nested structures; what differs between the replicas arrives as the
+            per-replica values that `for_each_replica` takes.
+
+    Raises:
+        RuntimeError: in a conditional or a loop inside of a replica, where the
+            replicas cannot meet.
+    """
+    context = tf.distribute.get_replica_context()
+    if not tf.distribute.has_strategy() or context is None:
+        function(*args)
+        return
+
+    def call(strategy: tf.distribute.Strategy, *args: Any) -> None:
+        function(*args)
+
+    try:
+        context.merge_call(call, args=args)
+    except RuntimeError as error:
+        if "merge_call" not in str(error):
+            raise
+        raise RuntimeError(
+            "The replicas of a `tf.distribute` strategy must update an optimizer, "
+            "call `advance()` or set `learning_rate` together, and not in a "
+            "conditional, a loop or a `tf.function` inside of a replica. "
+            f"Received: a call in `{tf.compat.v1.get_default_graph().name}` of one "
+            "replica. Put the condition or the loop around `strategy.run(...)`, on "
+            "a value that `strategy.reduce(...)` returns."
+        ) from error
+
+
+def for_each_replica(function: Callable[..., None], *args: Any) -> None:
+    """Calls `function` in each replica, inside of what `once_for_all` called."""
+    if not tf.distribute.has_strategy():
+        function(*args)
+        return
+    tf.distribute.get_strategy().extended.call_for_each_replica(function, args=args)
+
+
+def largest_of_workers(value: tf.Tensor, limit: int) -> tf.Tensor:
+    """Returns the largest of the values that the workers pass; called in replicas.
+
+    Each worker of a `MultiWorkerMirroredStrategy` runs a program of its own. All of
+    them have to call this.
+
+    Args:
+        value: scalar integer tensor, 0 <= value <= limit.
+        limit: int.
+    """
+    passed = tf.distribute.get_replica_context().all_reduce(
+        # There is no maximum among the reductions.
+        tf.distribute.ReduceOp.SUM,
+        tf.one_hot(value, limit + 1),
+    )
+    return tf.reduce_max(tf.where(passed > 0, tf.range(limit + 1), 0))
+
+
+def has_several_workers() -> bool:
+    """Whether other programs take part in every update."""
+    return isinstance(
+        tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy
+    )
