@@ -134,7 +134,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         loss_scale_factor: float that the loss is multiplied and the gradients are
             divided by, or `None` (the default).
         gradient_accumulation_steps: int >= 2, the number of calls whose mean
-            gradient makes one update, or `None` (the default).
+            gradient makes one update, or `None` (the default). Not under a
+            `tf.distribute` strategy that may have several replicas or workers.
 
     Raises:
         ValueError: if an argument breaks one of the rules above, if two different
@@ -239,8 +240,17 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         `tf.cond`, `tf.while_loop` and under XLA. The ended phase stays ended when
         the optimizer is saved and loaded.
 
+        Under `tf.distribute`, call it outside of `strategy.run(...)`, or in every
+        replica alike. If one worker of a `MultiWorkerMirroredStrategy` calls it,
+        all of them switch before their next update; until then only that worker
+        knows, so save after it.
+
         Returns:
             The new phase, a scalar int32 tensor.
+
+        Raises:
+            RuntimeError: in a conditional or a loop inside of one of several
+                replicas, which would have to decide alike.
         """
         new_phase = tf.minimum(self.phase + 1, self._phases.last)
         once_for_all(self._end_phase)
@@ -328,8 +338,10 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             variables: list of the variables to train.
 
         Raises:
-            ValueError: if a child is already built on other variables, or if the
-                optimizer refused a checkpoint that was restored before.
+            ValueError: if a child is already built on other variables, if the
+                optimizer or a child was created under another `tf.distribute`
+                strategy, or if the optimizer refused a checkpoint that was restored
+                before.
         """
         if self.built:
             return
@@ -381,7 +393,11 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         Raises:
             ValueError: if the optimizer is unbuilt and gets no variables, if there
                 are more or fewer gradients than variables, if a variable is not one
-                that it was built on, or if every gradient is `None`.
+                that it was built on, or if every gradient is `None`. Under
+                `tf.distribute`, if it is called outside of `strategy.run(...)`, or
+                if the optimizer was created under another strategy.
+            RuntimeError: in a conditional or a loop inside of one of several
+                replicas.
         """
         grads = list(grads)
         if not grads:

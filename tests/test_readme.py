@@ -41,7 +41,7 @@ def names(tmp_path, monkeypatch):
 
 def test_examples_of_the_readme(names):
     blocks = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert {0, 1} == set(names["history"].history["phase"])
@@ -78,7 +78,7 @@ def test_boundary_table_of_the_readme():
 
 
 def test_guarantees_of_the_readme_name_tests_that_exist():
-    tests = "\n".join(p.read_text() for p in Path(__file__).parent.glob("test_*.py"))
+    tests = "\n".join(p.read_text() for p in Path(__file__).parent.rglob("test_*.py"))
     named = re.findall(r"`(test_\w+)`", README)
     assert named
     assert [name for name in named if f"def {name}(" not in tests] == []
