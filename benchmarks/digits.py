@@ -9,57 +9,25 @@ and what a step costs. The digits come with scikit-learn: nothing is downloaded.
 """
 
 import argparse
-import contextlib
 import itertools
 import logging
-import os
-import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+import keras
+import numpy as np
+import tensorflow as tf
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
-_INFO_LOG = re.compile(
-    rb"I\d{4} |\d{4}-\d\d-\d\d [\d:.]+: I |WARNING: All log messages before absl"
-)
-
-
-@contextlib.contextmanager
-def without_info_logs() -> Iterator[None]:
-    """Keeps the INFO lines of TensorFlow's C++ code off the terminal.
-
-    It writes some before it obeys TF_CPP_MIN_LOG_LEVEL. Everything else that goes to
-    stderr meanwhile is shown at the end.
-    """
-    sys.stderr.flush()
-    terminal = os.dup(2)
-    with tempfile.TemporaryFile() as log:
-        os.dup2(log.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(terminal, 2)
-            os.close(terminal)
-            log.seek(0)
-            for line in log:
-                if not _INFO_LOG.match(line):
-                    os.write(2, line)
-
-
-with without_info_logs():
-    import keras
-    import numpy as np
-    import tensorflow as tf
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    from sequential_optimizer import SequentialOptimizer, plot_history
+from benchmarks.checks import CheckError
+from benchmarks.terminal import say, without_info_logs
+from sequential_optimizer import SequentialOptimizer, plot_history
 
 PICTURE = Path(__file__).parent / "results" / "digits.png"
 BATCH = 32
@@ -83,10 +51,6 @@ class Settings:
 
 
 QUICK = Settings(steps=60, boundary=40, save_at=30, seeds=2, rounds=3, block=5)
-
-
-class CheckError(Exception):
-    """Something that this program is to show is not so."""
 
 
 # --- data, model and train step ----------------------------------------------
@@ -247,11 +211,6 @@ def train(
 
 
 # --- one run: the switch, saving and resuming --------------------------------
-
-
-def say(text: str) -> None:
-    """Prints at once, also into a pipe."""
-    print(text, flush=True)
 
 
 class Progress:

@@ -1,0 +1,406 @@
+"""Does switching make a better model?
+
+    python -m benchmarks.does_it_help            # about 10 minutes on two cores
+    python -m benchmarks.does_it_help --quick    # seconds, but too short to compare
+
+Adam, SGD with momentum, both in a sequence that switches halfway, and both in one that
+`SwitchOnPlateau` switches, on two tasks (see `benchmarks.learning_tasks`). Learning
+rates are tuned for all by the same rule: of one grid, for a sequence of all pairs from
+it, those with the lowest mean loss on the validation data, over seeds that are not used
+for testing. A seed sets the data, the first weights and the order of the batches, for
+all alike, so differences are taken seed by seed.
+"""
+
+import functools
+import itertools
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from matplotlib.figure import Figure
+from scipy import stats
+
+from benchmarks import report
+from benchmarks.checks import check_same
+from benchmarks.drawing import COLORS
+from benchmarks.learning_tasks import (
+    BATCH,
+    Data,
+    LearningTask,
+    Split,
+    digits_task,
+    teacher_task,
+)
+from benchmarks.terminal import Progress
+from sequential_optimizer import SequentialOptimizer, SwitchOnPlateau
+
+ALONE = ("Adam", "SGD")
+HALFWAY, PLATEAU = "switch halfway", "switch on plateau"
+CONTENDERS = (*ALONE, HALFWAY, PLATEAU)
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long it takes.
+
+    Args:
+        digits_epochs: epochs of 33 updates.
+        teacher_epochs: epochs of 100 updates.
+        rates: the grid of learning rates.
+        tuning_seeds: runs for each entry of the grid.
+        seeds: runs for testing.
+        patience: epochs without improvement by 1% of the first loss, before the switch
+            on a plateau.
+    """
+
+    digits_epochs: int = 20
+    teacher_epochs: int = 20
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    tuning_seeds: int = 3
+    seeds: int = 10
+    patience: int = 3
+
+
+FULL = Settings()
+QUICK = Settings(
+    digits_epochs=2, teacher_epochs=2, rates=(3e-3, 3e-2), tuning_seeds=1, seeds=2
+)
+# Far from those for testing.
+FIRST_TUNING_SEED = 1000
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Returns one row a contender, and one a difference of two."""
+    contenders, differences = [], []
+    for task in (
+        digits_task(settings.digits_epochs),
+        teacher_task(settings.teacher_epochs),
+    ):
+        rows = measure_task(task, settings)
+        contenders += rows
+        differences += compare(rows)
+    return {"contenders": contenders, "differences": differences}
+
+
+# --- one run -------------------------------------------------------------------
+
+
+class Contender:
+    """A model with its optimizer, trained again and again without a new trace."""
+
+    def __init__(self, name: str, task: LearningTask, updates: int, patience: int):
+        self.name = name
+        self.patience = patience
+        self.task = task
+        self.model = task.make_model()
+        self.optimizer = make_optimizer(name, updates // 2)
+        # A callback finds the optimizer in the model.
+        self.model.compile(optimizer=self.optimizer)
+        self.optimizer.build(self.model.trainable_variables)
+        self._fresh = [np.array(v.numpy()) for v in self.optimizer.variables]
+        self._train_step = self._make_train_step()
+        self._predict = tf.function(
+            functools.partial(self.model, training=False), jit_compile=True
+        )
+
+    def _make_train_step(self) -> Any:
+        def train_step(x: tf.Tensor, y: tf.Tensor) -> None:
+            with tf.GradientTape() as tape:
+                loss = self.task.loss(y, self.model(x, training=True))
+            weights = self.model.trainable_variables
+            self.optimizer.apply(tape.gradient(loss, weights), weights)
+
+        return tf.function(train_step, jit_compile=True, autograph=False)
+
+    @property
+    def children(self) -> list[keras.optimizers.Optimizer]:
+        """The optimizers that have a learning rate."""
+        return getattr(self.optimizer, "children", [self.optimizer])
+
+    def restart(self, seed: int, rates: tuple[float, ...]) -> None:
+        """Sets the first weights, and a fresh optimizer with these learning rates."""
+        keras.utils.set_random_seed(seed)
+        self.model.set_weights(self.task.make_model().get_weights())
+        for variable, value in zip(self.optimizer.variables, self._fresh, strict=True):
+            variable.assign(value)
+        for child, rate in zip(self.children, rates, strict=True):
+            child.learning_rate = rate
+
+    def train_epoch(self, data: Data, order: np.ndarray) -> None:
+        """Makes an update with each row of `order`."""
+        x, y = data
+        for rows in order:
+            self._train_step(tf.constant(x[rows]), tf.constant(y[rows]))
+
+    def loss_and_outputs(self, data: Data) -> tuple[float, np.ndarray]:
+        """Returns the loss on some data, and what the model makes of them."""
+        outputs = self._predict(tf.constant(data[0]))
+        return float(self.task.loss(data[1], outputs)), outputs.numpy()
+
+    def train(self, seed: int, rates: tuple[float, ...]) -> dict[str, Any]:
+        """Makes a whole run and returns how it ended."""
+        split = self.task.load(seed)
+        self.restart(seed, rates)
+        callback = self._make_callback(split)
+        for epoch, order in enumerate(orders(split, self.task.epochs, seed)):
+            if callback:
+                callback.on_epoch_begin(epoch)
+            self.train_epoch(split.train, order)
+            if callback:
+                loss, _ = self.loss_and_outputs(split.validation)
+                callback.on_epoch_end(epoch, {"val_loss": loss})
+        loss, _ = self.loss_and_outputs(split.validation)
+        _, outputs = self.loss_and_outputs(split.test)
+        return {
+            "validation_loss": loss,
+            "metric": self.task.judge(outputs, split.test[1]),
+            "updates_by_child": [int(child.iterations) for child in self.children],
+        }
+
+    def _make_callback(self, split: Split) -> SwitchOnPlateau | None:
+        if self.name != PLATEAU:
+            return None
+        loss, _ = self.loss_and_outputs(split.validation)
+        callback = SwitchOnPlateau(
+            "val_loss", patience=self.patience, min_delta=0.01 * loss
+        )
+        callback.set_model(self.model)
+        return callback
+
+
+def make_optimizer(name: str, boundary: int) -> keras.optimizers.Optimizer:
+    """Returns the optimizer of a contender; its learning rates are set later."""
+    adam = keras.optimizers.Adam(name="adam")
+    sgd = keras.optimizers.SGD(momentum=0.9, name="sgd")
+    if name in ALONE:
+        return adam if name == "Adam" else sgd
+    return SequentialOptimizer([adam, sgd], [boundary if name == HALFWAY else None])
+
+
+def orders(split: Split, epochs: int, seed: int) -> list[np.ndarray]:
+    """Returns for each epoch which examples each update sees."""
+    rng = np.random.default_rng(seed)
+    count = len(split.train[0])
+    updates = count // BATCH
+    return [
+        rng.permutation(count)[: updates * BATCH]
+        .reshape(updates, BATCH)
+        .astype(np.int32)
+        for _ in range(epochs)
+    ]
+
+
+# --- all runs ------------------------------------------------------------------
+
+
+def measure_task(task: LearningTask, settings: Settings) -> list[dict[str, Any]]:
+    """Returns the rows of a task."""
+    updates = task.epochs * (len(task.load(0).train[0]) // BATCH)
+    contenders = [
+        Contender(name, task, updates, settings.patience) for name in CONTENDERS
+    ]
+    check(contenders, task)
+    grids = [grid(contender, settings) for contender in contenders]
+    total = sum(settings.tuning_seeds * len(g) + settings.seeds for g in grids)
+    progress = Progress(total, task.name)
+    rows = []
+    for contender, rates_to_try in zip(contenders, grids, strict=True):
+        losses = {}
+        for rates in rates_to_try:
+            runs = []
+            for seed in range(settings.tuning_seeds):
+                runs.append(contender.train(FIRST_TUNING_SEED + seed, rates))
+                progress.step(f"{contender.name}, tuning")
+            losses[rates] = mean_loss(runs)
+        best = min(losses, key=losses.__getitem__)
+        tested = []
+        for seed in range(settings.seeds):
+            tested.append(contender.train(seed, best))
+            progress.step(f"{contender.name}, testing")
+        values = [run["metric"] for run in tested]
+        rows.append(
+            {
+                "task": task.name,
+                "metric": task.metric,
+                "contender": contender.name,
+                "rates": best,
+                "at_edge_of_grid": sorted({r for r in best if at_edge(r, settings)}),
+                "values": values,
+                **mean_and_interval(values),
+                "updates_by_child": [run["updates_by_child"] for run in tested],
+            }
+        )
+    return rows
+
+
+def grid(contender: Contender, settings: Settings) -> list[tuple[float, ...]]:
+    """Returns the learning rates that are tried: for two optimizers all pairs."""
+    return list(itertools.product(settings.rates, repeat=len(contender.children)))
+
+
+def at_edge(rate: float, settings: Settings) -> bool:
+    """Returns whether a better learning rate may lie outside of the grid."""
+    return rate in (min(settings.rates), max(settings.rates))
+
+
+def mean_loss(runs: list[dict[str, Any]]) -> float:
+    """Returns the mean validation loss, infinite if a run diverged."""
+    mean = float(np.mean([run["validation_loss"] for run in runs]))
+    return mean if np.isfinite(mean) else np.inf
+
+
+def mean_and_interval(values: list[float]) -> dict[str, float]:
+    """Returns the mean, and half the width of its confidence interval (Student's t)."""
+    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
+    return {
+        "mean": float(np.mean(values)),
+        "half_width": float(quantile * stats.sem(values)),
+    }
+
+
+def check(contenders: list[Contender], task: LearningTask) -> None:
+    """Checks that a sequence does what Adam does, and then what SGD does.
+
+    Raises:
+        CheckError: if after some updates of each the weights are others.
+    """
+    adam, sgd, _, plateau = contenders
+    rates = (1e-3, 1e-2)
+    split = task.load(0)
+    # A few, because what rounding does grows with every update.
+    few = [order[:5] for order in orders(split, 2, 0)]
+    adam.restart(0, rates[:1])
+    adam.train_epoch(split.train, few[0])
+    sgd.restart(0, rates[1:])
+    first = sgd.model.get_weights()
+    sgd.model.set_weights(adam.model.get_weights())
+    sgd.train_epoch(split.train, few[1])
+    plateau.restart(0, rates)
+    plateau.train_epoch(split.train, few[0])
+    plateau.optimizer.advance()
+    plateau.train_epoch(split.train, few[1])
+    weights = [one.model.get_weights() for one in (plateau, sgd)]
+    check_same(f"{task.name}, sequence", *weights, first)
+
+
+def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the differences of the sequences to each optimizer alone."""
+    by_name = {row["contender"]: row for row in rows}
+    found = []
+    for name, alone in itertools.product((HALFWAY, PLATEAU), ALONE):
+        values = np.subtract(by_name[name]["values"], by_name[alone]["values"])
+        found.append(
+            {
+                "task": rows[0]["task"],
+                "metric": rows[0]["metric"],
+                "contender": name,
+                "alone": alone,
+                **mean_and_interval(values.tolist()),
+            }
+        )
+    return found
+
+
+# --- what is shown ---------------------------------------------------------------
+
+
+def tables(result: dict[str, Any]) -> list[report.Table]:
+    """Returns how all did, and the differences."""
+    return [table_of_contenders(result), table_of_differences(result)]
+
+
+def table_of_contenders(result: dict[str, Any]) -> report.Table:
+    """Returns a row a contender and task."""
+    settings = result["settings"]
+    rows = [
+        (
+            f"{row['task']}: {row['metric']}",
+            row["contender"],
+            ", ".join(rate_as_text(rate, row) for rate in row["rates"]),
+            f"{row['mean']:.2f} +- {row['half_width']:.2f}",
+            updates_as_text(row["updates_by_child"]),
+        )
+        for row in result["contenders"]
+    ]
+    caption = (
+        f"On test data: mean over {settings['seeds']} seeds, with its "
+        f"{CONFIDENCE:.0%} confidence interval; lower is better. Learning rates: of "
+        f"{', '.join(f'{rate:g}' for rate in settings['rates'])} (for Adam and for SGD "
+        "in a sequence: of all pairs), the one with the lowest mean validation loss "
+        f"over {settings['tuning_seeds']} other seeds. A star: at the edge of the "
+        "grid. So a sequence was tuned over more combinations, but neither when it "
+        "switches nor the momentum (0.9) was tuned. The plateau switch looks at the "
+        "validation data while it trains. Nobody else changes a learning rate: a "
+        "schedule might do as much for one optimizer as the switch. Last column: "
+        "updates with each optimizer, the mean."
+    )
+    header = ("task: metric", "contender", "learning rates", "mean", "updates")
+    return report.Table(caption, header, rows)
+
+
+def rate_as_text(rate: float, row: dict[str, Any]) -> str:
+    """Returns a learning rate, with a star if it is at the edge of the grid."""
+    return f"{rate:g}{'*' if rate in row['at_edge_of_grid'] else ''}"
+
+
+def updates_as_text(updates_by_child: list[list[int]]) -> str:
+    """Returns the mean number of updates with each optimizer."""
+    return " + ".join(f"{mean:.0f}" for mean in np.mean(updates_by_child, axis=0))
+
+
+def table_of_differences(result: dict[str, Any]) -> report.Table:
+    """Returns a row a sequence, optimizer alone and task."""
+    rows = [
+        (
+            f"{row['task']}: {row['metric']}",
+            f"{row['contender']} minus {row['alone']}",
+            f"{row['mean']:+.2f} +- {row['half_width']:.2f}",
+            verdict(row),
+        )
+        for row in result["differences"]
+    ]
+    caption = (
+        "Differences seed by seed: mean, with its confidence interval. Below zero the "
+        "sequence is better. A difference whose interval contains zero is none. With "
+        f"{len(rows)} comparisons, one interval in twenty misses by chance."
+    )
+    header = ("task: metric", "difference", "mean", "the sequence is")
+    return report.Table(caption, header, rows)
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """Returns what a difference says."""
+    if abs(row["mean"]) <= row["half_width"]:
+        return "neither"
+    return "better" if row["mean"] < 0 else "worse"
+
+
+def draw(result: dict[str, Any]) -> Figure:
+    """Returns a panel a task, with every run and the mean of each contender."""
+    rows = result["contenders"]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks)), tasks, strict=True):
+        found = [row for row in rows if row["task"] == task]
+        for i, (row, color) in enumerate(zip(found, COLORS, strict=False)):
+            values = row["values"]
+            below = i + 0.2 * np.linspace(-1, 1, len(values))
+            axes.plot(values, below, ".", color=color, alpha=0.4)
+            axes.errorbar(
+                row["mean"], i, xerr=row["half_width"], fmt="o", color=color, capsize=4
+            )
+        axes.set_yticks(range(len(found)), [row["contender"] for row in found])
+        axes.set_ylim(len(found) - 0.5, -0.5)
+        axes.set_xlabel(found[0]["metric"])
+        axes.set_title(task)
+        axes.grid(axis="x", linewidth=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(report.run("does_it_help"))

@@ -1,0 +1,254 @@
+"""Does the switch cost anything on a GPU?
+
+    python -m benchmarks.gpu            # minutes, if there is a GPU
+    python -m benchmarks.gpu --quick    # seconds, on a tiny model
+
+The train step with [Adam, SGD with momentum] in each of its phases, over the one with
+the plain optimizer, as XLA programs that TensorFlow made and the client of JAX runs on
+the GPU (see `benchmarks.device`), and the copies on the device in both.
+
+Without JAX, or a GPU that it can use, this says so and measures nothing.
+"""
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+from matplotlib.figure import Figure
+
+from benchmarks import report, timing
+from benchmarks.checks import CheckError, check_same
+from benchmarks.drawing import draw_ratios, new_figure
+from benchmarks.models import Task, make_tasks
+from benchmarks.programs import Program, make_plain, make_sequence
+from benchmarks.terminal import say
+
+CHILDREN = ("adam", "sgd")
+# Against the weights that TensorFlow computes on the CPU. GPUs multiply matrices with
+# fewer digits by default, which changes the updates by about a hundredth; another rule
+# or a lost state changes them by more than a tenth.
+TOLERANCE_TO_CPU = 0.05
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long it takes: rounds, and timed steps of each program in a round."""
+
+    tiny_models: bool = False
+    rounds: int = 30
+    steps: int = 10
+    checked_updates: int = 2
+
+
+FULL = Settings()
+QUICK = Settings(tiny_models=True, rounds=3, steps=3)
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Returns one row a model and phase, without numbers if there is no GPU."""
+    device, reason = find_gpu()
+    if device is None:
+        say(f"not measured: {reason}")
+    cells = []
+    for task in make_tasks(settings.tiny_models):
+        if device is None:
+            cells += empty_cells(task)
+        else:
+            cells += measure_on(device, task, settings)
+    name = None if device is None else device.device_kind
+    return {"device": name, "reason": reason, "cells": cells}
+
+
+def find_gpu() -> tuple[Any, str]:
+    """Returns a GPU of JAX, or `None` and the reason why there is none."""
+    if not importlib.util.find_spec("jax"):
+        return None, "jax is not installed"
+    import jax
+
+    try:
+        return jax.devices("gpu")[0], ""
+    except RuntimeError:
+        return None, "jax finds no GPU"
+
+
+def empty_cells(task: Task) -> list[dict[str, Any]]:
+    """Returns the rows of a model that was not measured."""
+    return [
+        {
+            "model": task.name,
+            "phase": phase,
+            "child": child,
+            "sequence_over_plain": None,
+            "plain_over_itself": None,
+            "copies": None,
+            "plain_copies": None,
+            "difference_from_cpu": None,
+        }
+        for phase, child in enumerate(CHILDREN)
+    ]
+
+
+def measure_on(device: Any, task: Task, settings: Settings) -> list[dict[str, Any]]:
+    """Returns the rows of a model on a device of JAX."""
+    # Needs JAX.
+    from benchmarks.device import StepOnDevice
+
+    def on_device(program: Program) -> StepOnDevice:
+        return StepOnDevice(program, (task.x, task.y), device)
+
+    programs = [Program(task, make_plain(name)) for name in CHILDREN]
+    plains = [on_device(program) for program in programs]
+    copies = [on_device(program) for program in programs]
+    program = Program(task, make_sequence(len(CHILDREN)))
+    sequence = on_device(program)
+    calls: dict[Any, Callable[[], float]] = {}
+    for phase in range(len(CHILDREN)):
+        for name, step, of_step in (
+            ("plain", plains[phase], 0),
+            ("copy", copies[phase], 0),
+            ("sequence", sequence, phase),
+        ):
+            calls[name, phase] = functools.partial(
+                step.median_seconds, of_step, settings.steps
+            )
+    differences = [
+        check(program, sequence, plains[phase], phase, settings.checked_updates)
+        for phase in range(len(CHILDREN))
+    ]
+    seconds = timing.in_rounds(calls, settings.rounds, task.name)
+    return [
+        {
+            "model": task.name,
+            "phase": phase,
+            "child": child,
+            "sequence_over_plain": timing.ratio(
+                seconds["sequence", phase], seconds["plain", phase]
+            ),
+            "plain_over_itself": timing.ratio(
+                seconds["copy", phase], seconds["plain", phase]
+            ),
+            "copies": copies_in_phase(sequence, child),
+            "plain_copies": copies_in_phase(plains[phase], None),
+            "difference_from_cpu": differences[phase],
+        }
+        for phase, child in enumerate(CHILDREN)
+    ]
+
+
+def check(
+    program: Program, sequence: Any, plain: Any, phase: int, updates: int
+) -> float:
+    """Checks the weights after some updates in a phase, and returns their difference.
+
+    Raises:
+        CheckError: if those of the sequence on the device are not those of the plain
+            optimizer there, or not those of TensorFlow on the CPU.
+    """
+    program.restart(phase)
+    first = program.weights()
+    for _ in range(updates):
+        program.step("xla")
+    expected = program.weights()
+    found = []
+    for step, of_step in ((sequence, phase), (plain, 0)):
+        step.restart(of_step)
+        for _ in range(updates):
+            step.step()
+        found.append(step.weights())
+    check_same(f"phase {phase} on the device", *found, first)
+    return check_same(
+        f"phase {phase}, device against CPU",
+        found[0],
+        expected,
+        first,
+        TOLERANCE_TO_CPU,
+    )
+
+
+def copies_in_phase(step: Any, child: str | None) -> dict[str, int]:
+    """Returns the copies of a step, without those in the other branches."""
+    program = step.optimized()
+    everywhere = [program.entry]
+    if child is not None:
+        (branches,) = program.conditionals()
+        everywhere += [b for b in branches if program.scope_of(b, CHILDREN) == child]
+        if len(everywhere) != 2:
+            raise CheckError(f"there is not exactly one branch of {child}.")
+    counted = [program.copies(name) for name in everywhere]
+    return {
+        "number": sum(copies.number for copies in counted),
+        "bytes": sum(copies.bytes for copies in counted),
+    }
+
+
+def tables(result: dict[str, Any]) -> list[report.Table]:
+    """Returns the table of all cells; what was not measured is empty."""
+    rows = [
+        (
+            cell["model"],
+            f"{cell['phase']}, {cell['child']}",
+            *ratios(cell),
+            *(copies_as_text(cell[key]) for key in ("copies", "plain_copies")),
+        )
+        for cell in result["cells"]
+    ]
+    header = ("model", "phase", "sequence / plain", "plain / plain (noise)")
+    return [
+        report.Table(caption(result), (*header, "copies", "copies, plain"), rows),
+    ]
+
+
+def ratios(cell: dict[str, Any]) -> list[str]:
+    """Returns the ratios of a cell as text, empty if there are none."""
+    found = [cell[key] for key in ("sequence_over_plain", "plain_over_itself")]
+    return ["" if ratio is None else timing.as_text(ratio, 3) for ratio in found]
+
+
+def copies_as_text(copies: dict[str, int] | None) -> str:
+    """Returns number and size of copies as text."""
+    if copies is None:
+        return ""
+    return f"{copies['number']} ({copies['bytes'] / 1e6:.1f} MB)"
+
+
+def caption(result: dict[str, Any]) -> str:
+    """Returns what the table says."""
+    if result["device"] is None:
+        return f"Not measured: {result['reason']}."
+    return (
+        f"Step on one {result['device']}: median (quartiles) of "
+        f"{result['settings']['rounds']} rounds. Copies on the device in one step, of "
+        "variables and of results."
+    )
+
+
+def draw(result: dict[str, Any]) -> Figure:
+    """Returns the picture of the table; without a GPU it says so."""
+    figure, axes = new_figure(7, 4)
+    if result["device"] is None:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, f"not measured: {result['reason']}", ha="center")
+        return figure
+    rows = [
+        (
+            f"{cell['model']}, {cell['child']}",
+            {
+                "noise": cell["plain_over_itself"],
+                "sequence": cell["sequence_over_plain"],
+            },
+        )
+        for cell in result["cells"]
+    ]
+    draw_ratios(axes, rows)
+    axes.set_xlabel("time of a step over that of the plain optimizer")
+    return figure
+
+
+if __name__ == "__main__":
+    # TensorFlow would take all of the GPU's memory, and is not the one to run there.
+    tf.config.set_visible_devices([], "GPU")
+    sys.exit(report.run("gpu"))

@@ -1,0 +1,105 @@
+"""Measures the memory of one training program, in a process of its own.
+
+    python -m benchmarks.peak_memory adam xla 0    # or the number of children
+
+Prints JSON: the bytes of the model, of the optimizer and of each of its children, and
+the peak of the process while it makes steps in each phase.
+"""
+
+import contextlib
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.models import Task, mlp
+from benchmarks.programs import Program, make_plain, make_sequence
+
+STEPS = 3
+_STATUS = Path("/proc/self/status")
+
+
+def measure_in_process(optimizer: str, mode: str, tiny: bool) -> dict[str, Any]:
+    """Returns what `main` prints in a new process.
+
+    Args:
+        optimizer: the name of a plain optimizer, or the number of children.
+        mode: `"xla"` or `"graph"`.
+        tiny: whether the model is small.
+    """
+    run = subprocess.run(
+        [sys.executable, "-m", __name__, optimizer, mode, str(int(tiny))],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode:
+        raise RuntimeError(f"{__name__} failed:\n{run.stderr}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def make_task(tiny: bool) -> Task:
+    """Returns the model with so many weights that nothing else matters for memory."""
+    return mlp(width=64, hidden=1) if tiny else mlp()
+
+
+def peak() -> int:
+    """Returns the largest number of bytes that the process has had in memory.
+
+    On Linux not what `getrusage` says, which in a process that was started by a larger
+    one is at least the size of that.
+    """
+    with contextlib.suppress(OSError):
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def forget_peak() -> None:
+    """Lets `peak` start again from what is in memory now, where that can be done."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def bytes_of(variables: list[Any]) -> int:
+    """Returns the size of the variables."""
+    return sum(
+        v.value.dtype.size * int(v.value.shape.num_elements()) for v in variables
+    )
+
+
+def main(optimizer: str, mode: str, tiny: str) -> None:
+    """Trains, and prints what it took."""
+    phases = int(optimizer) if optimizer.isdigit() else 1
+    plain = not optimizer.isdigit()
+    made = make_plain(optimizer) if plain else make_sequence(phases)
+    program = Program(make_task(bool(int(tiny))), made)
+    # Compiling takes memory as well, once.
+    program.step(mode)
+    peaks = []
+    for phase in range(phases):
+        forget_peak()
+        for _ in range(STEPS):
+            program.step(mode)
+        peaks.append(peak())
+        if phase < phases - 1:
+            program.advance()
+    children = [made] if plain else made.children
+    print(
+        json.dumps(
+            {
+                "weights": bytes_of(program.model.variables),
+                "optimizer": bytes_of(made.variables),
+                "children": [bytes_of(child.variables) for child in children],
+                "peaks": peaks,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
