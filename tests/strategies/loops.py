@@ -10,7 +10,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tests.strategies.conftest import AGGREGATES, NAME
+from tests.strategies.conftest import AGGREGATES, NAME, STRATEGIES
+
+# The values that a variable has: one a replica where each has its own copy.
+COPIES = STRATEGIES[NAME][0] if NAME.startswith("mirrored") else 1
 
 UPDATES = 6
 MODES = ("graph", "eager", "range")

@@ -11,6 +11,7 @@ from sequential_optimizer import SequentialOptimizer
 from tests.reference import assert_same
 from tests.strategies.conftest import NAME
 from tests.strategies.loops import (
+    COPIES,
     HAS_AVERAGE_OF_CHILD,
     HAS_BATCH_NORMALIZATION,
     HAS_CONSTRAINTS,
@@ -120,6 +121,7 @@ def check_loop(strategy, case, mode, built=True):
     # The step of both kinds of graphs is the same.
     values, of_optimizers = by_hand(strategy, case, mode.replace("range", "graph"))
     assert_same(values_of(strategy, variables), values)
+    assert {len(replicas) for replicas in values} == {COPIES}
     for child, expected in zip(children, of_optimizers, strict=True):
         assert_same(values_of(strategy, child.variables), expected)
     for (updates,) in counts_of(strategy, [optimizer]):
