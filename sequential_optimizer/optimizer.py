@@ -415,9 +415,11 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
 
     def _agree_on_min_phase(self) -> None:
         """Ends a phase that any worker has ended, for all of them."""
-        self.assign(
-            self._min_phase, largest_of_workers(self._min_phase, self._phases.last)
-        )
+        last = self._phases.last
+        agreed = largest_of_workers(tf.minimum(self._min_phase, last), last)
+        # It is above the last if phases were dropped after the run was saved.
+        agreed = tf.maximum(tf.cast(agreed, self._min_phase.dtype), self._min_phase)
+        self.assign(self._min_phase, agreed)
 
     def _apply(self, grads: list[Any], variables: list[Any]) -> None:
         if self.gradient_accumulation_steps:

@@ -100,6 +100,12 @@ class Case:
     in_replica: Callable[..., None] = do_nothing
 
 
+def drop_phases_after_third(optimizer: Any, t: int, worker: int) -> None:
+    """Leaves the state that a run with more phases has saved in its eighth."""
+    if t == 2:
+        optimizer._min_phase.assign(7)
+
+
 def advance_after(*calls: tuple[int, int]) -> Callable[..., None]:
     """Returns a function that calls `advance()` after the update t of a worker."""
 
@@ -177,6 +183,9 @@ ENDED = {
     ),
     "by one worker's condition around the replicas": is_sequence_of(
         adam_sgd, [None], switches=(3,), in_step=advance_on_signal
+    ),
+    "in a run that had more phases": is_sequence_of(
+        adam_sgd, [None], switches=(3,), after=drop_phases_after_third
     ),
     "in the replicas of both": is_sequence_of(
         adam_sgd_late,
