@@ -78,6 +78,39 @@ def _no_optimizer(identifier: Any) -> ValueError:
     )
 
 
+def check_config(config: Any) -> tuple[list[Any], list[int]]:
+    """Returns what a config says of the children, or raises.
+
+    Args:
+        config: dict that `SequentialOptimizer.get_config` returned, or that looks so.
+
+    Returns:
+        The config of each child, and for each phase the index of its child.
+
+    Raises:
+        ValueError: if there is no child, or no such index.
+    """
+    children = config.get("optimizers") if isinstance(config, dict) else None
+    if not isinstance(children, list | tuple) or not children:
+        raise ValueError(
+            "`config` must be a dict whose `optimizers` is a list with the config of "
+            f"each child. Received: {config!r:.200}. Pass what `get_config` returned."
+        )
+    indices = list(range(len(children)))
+    phases = config.get("phases", indices)
+    if (
+        not isinstance(phases, list | tuple)
+        or not all(isinstance(i, int) and not isinstance(i, bool) for i in phases)
+        or set(phases) != set(indices)
+    ):
+        raise ValueError(
+            "`phases` in a config must be a list with the index of a child for each "
+            f"phase, and name every child. Received: phases={phases!r:.200} for "
+            f"{len(children)} children. Pass what `get_config` returned."
+        )
+    return list(children), list(phases)
+
+
 def distinct(
     optimizers: Sequence[keras.optimizers.Optimizer],
 ) -> tuple[list[keras.optimizers.Optimizer], tuple[int, ...]]:

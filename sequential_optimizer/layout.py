@@ -10,7 +10,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,8 +20,9 @@ import tensorflow as tf
 
 _VERSION = 1
 
-# Place of the variable `last_phase` among an optimizer's own.
+# An optimizer's own variables begin with its counters, of which this is the last.
 _LAST_PHASE = 2
+_COUNTERS = 3
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Layout:
         phases: for each phase the index of its child.
         use_ema: whether the parent keeps moving averages.
         gradient_accumulation_steps: as on the parent.
+        shapes: shape of each variable that is trained; `None` in an optimizer that is
+            not built, and in files from before there was this field.
     """
 
     classes: tuple[str, ...]
@@ -41,6 +44,7 @@ class Layout:
     phases: tuple[int, ...]
     use_ema: bool
     gradient_accumulation_steps: int | None
+    shapes: tuple[tuple[int | None, ...], ...] | None = None
 
     def to_json(self) -> bytes:
         return json.dumps({"version": _VERSION, **asdict(self)}).encode()
@@ -54,6 +58,8 @@ class Layout:
                 raise ValueError("unknown version")
             for key in ("classes", "names", "phases"):
                 fields[key] = tuple(fields[key])
+            if fields.get("shapes") is not None:
+                fields["shapes"] = tuple(tuple(shape) for shape in fields["shapes"])
             return cls(**fields)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
@@ -97,6 +103,14 @@ def check_loadable(saved: Layout, current: Layout, by_position: bool) -> None:
                 f"Received: {setting}={now}. Create the optimizer with "
                 f"`{setting}={before}`, then load."
             )
+    if None not in (saved.shapes, current.shapes) and saved.shapes != current.shapes:
+        raise ValueError(
+            "The variables that a `SequentialOptimizer` trains must have the shapes "
+            "that they had when it was saved, because those of its children follow "
+            f"from them. Received: {len(saved.shapes)} variables of the shapes "
+            f"{saved.shapes!s:.200}, now {len(current.shapes)} of the shapes "
+            f"{current.shapes!s:.200}. Load the file into the model that was saved."
+        )
     if saved.classes == current.classes and saved.phases == current.phases:
         _check_names(saved, current)
         return
@@ -206,14 +220,29 @@ def read_own(
     check_loadable(saved_layout, layout, by_position=False)
     count = sum(key.isdigit() for key in keys)
     values = [np.asarray(store[str(i)]) for i in range(count)]
-    set_all("The file", values, variables)
-    last_phase = variables[_LAST_PHASE]
-    last_phase.assign(_same_phase(saved_layout, layout, int(last_phase.numpy())))
+    check_arrays("The file", values, variables)
+    _check_counters(values)
+    last_phase = _same_phase(saved_layout, layout, int(values[_LAST_PHASE]))
+    values[_LAST_PHASE] = np.asarray(last_phase)
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
+def _check_counters(values: Sequence[np.ndarray]) -> None:
+    """Raises if no optimizer can have counted what the first of `values` say."""
+    iterations, min_phase, last_phase = (int(value) for value in values[:_COUNTERS])
+    if iterations < 0 or min_phase < 0 or last_phase < -1:
+        raise ValueError(
+            "The file must have counters that a `SequentialOptimizer` can reach. "
+            f"Received: iterations={iterations}, min_phase={min_phase}, "
+            f"last_phase={last_phase}. The file is damaged: load an earlier one."
+        )
 
 
 def _same_phase(saved: Layout, current: Layout, phase: int) -> int:
     """Returns a phase whose child gets the state of the saved phase's, or -1."""
-    if phase < 0:
+    # Beyond the last one if phases were dropped since.
+    if not 0 <= phase < len(saved.phases):
         return -1
     path = saved.child_paths()[saved.phases[phase]]
     paths = [current.child_paths()[child] for child in current.phases]
@@ -222,10 +251,19 @@ def _same_phase(saved: Layout, current: Layout, phase: int) -> int:
     return paths.index(path) if path in paths else -1
 
 
-def set_all(
+def check_arrays(
     source: str, values: Sequence[np.ndarray], variables: Sequence[keras.Variable]
 ) -> None:
-    """Sets all variables, or none if the number or a shape of `values` is wrong."""
+    """Raises unless `variables` can be set to `values`.
+
+    Args:
+        source: where the values are from, for the message.
+        values: the arrays.
+        variables: the variables that they are for.
+
+    Raises:
+        ValueError: if their number, a shape, or the dtype of a counter is wrong.
+    """
     received = [value.shape for value in values]
     expected = [tuple(variable.shape) for variable in variables]
     if received != expected:
@@ -240,8 +278,17 @@ def set_all(
             f"variables; different shapes: {different[:3]}. Use an optimizer with the "
             "same children, built on the same model variables."
         )
-    for variable, value in zip(variables, values, strict=True):
-        variable.assign(value)
+    rounded = [
+        f"{variable.path}: {value.dtype}"
+        for variable, value in zip(variables, values, strict=True)
+        if keras.backend.is_int_dtype(variable.dtype) and value.dtype.kind not in "iu"
+    ]
+    if rounded:
+        raise ValueError(
+            f"{source} must have integers for the counters of the optimizer, which "
+            f"other dtypes round. Received: {rounded[:3]}. Use the arrays as they were "
+            "saved."
+        )
 
 
 def not_saved_from_one(received: str) -> ValueError:
@@ -259,18 +306,19 @@ class CheckpointedLayout(tf.train.experimental.PythonState):
     leaves every variable as it was.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
+    def __init__(self, get_layout: Callable[[], Layout]) -> None:
+        # A function, because the layout has no shapes before the optimizer is built.
+        self._get_layout = get_layout
         # A refused checkpoint stays queued for variables that do not exist yet.
         self.refused = False
 
     def serialize(self) -> bytes:
-        return self._layout.to_json()
+        return self._get_layout().to_json()
 
     def deserialize(self, string_value: Any) -> None:
         try:
             saved = Layout.from_json(string_value)
-            check_loadable(saved, self._layout, by_position=True)
+            check_loadable(saved, self._get_layout(), by_position=True)
         except ValueError:
             self.refused = True
             raise

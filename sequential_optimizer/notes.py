@@ -5,6 +5,8 @@ would forget how long it has waited. What it notes here is saved with the optimi
 """
 
 import io
+import zipfile
+import zlib
 from typing import Any
 
 import numpy as np
@@ -26,16 +28,28 @@ class Notes(tf.train.experimental.PythonState):
         return buffer.getvalue()
 
     def deserialize(self, string_value: Any) -> None:
-        with np.load(io.BytesIO(string_value), allow_pickle=False) as arrays:
-            self.arrays = dict(arrays)
+        self.arrays = _read(string_value)
 
     def write(self, store: Any) -> None:
         """Writes the arrays, if there are any, into a Keras file."""
         if self.arrays:
             store["notes"] = np.frombuffer(self.serialize(), np.uint8)
 
-    def read(self, store: Any) -> None:
-        """Reads what `write` wrote."""
-        self.arrays = {}
+    @staticmethod
+    def in_store(store: Any) -> dict[str, np.ndarray]:
+        """Returns what `write` wrote."""
         if "notes" in store.keys():  # noqa: SIM118  (a store is not quite a dict)
-            self.deserialize(np.asarray(store["notes"]).tobytes())
+            return _read(np.asarray(store["notes"]).tobytes())
+        return {}
+
+
+def _read(serialized: bytes) -> dict[str, np.ndarray]:
+    try:
+        with np.load(io.BytesIO(serialized), allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            "What callbacks noted in a saved `SequentialOptimizer` must be arrays in "
+            f"NumPy's npz format. Received: {serialized[:50]!r}. The file is damaged: "
+            "load an earlier one."
+        ) from error

@@ -1,5 +1,6 @@
 """The optimizer that hands each update to the child of the current phase."""
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +14,7 @@ from sequential_optimizer.boundaries import Phases, check_boundaries
 from sequential_optimizer.children import (
     CHILD_SETTINGS,
     check_built_on,
+    check_config,
     check_names_differ,
     check_settings,
     distinct,
@@ -36,14 +38,14 @@ from sequential_optimizer.gradients import (
 from sequential_optimizer.layout import (
     CheckpointedLayout,
     Layout,
+    check_arrays,
     not_saved_from_one,
     read_own,
-    set_all,
     write_own,
 )
 from sequential_optimizer.notes import Notes
 from sequential_optimizer.requirements import check_keras
-from sequential_optimizer.snapshots import find_snapshots
+from sequential_optimizer.snapshots import are_initialized, find_snapshots
 from sequential_optimizer.switching import switch_case
 
 check_keras()
@@ -184,18 +186,20 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         # The phase of the last update, which differs from `phase` at a switch; -1 if
         # there was none, or the phases have changed since.
         self._last_phase = self._add_counter("last_phase", -1)
-        self._layout = CheckpointedLayout(self._get_layout())
+        self._layout = CheckpointedLayout(self._get_layout)
         self._notes = Notes()
+        self._refused_file = False
 
     def _add_counter(self, name: str, value: int = 0) -> keras.Variable:
-        with keras.name_scope(self.name, caller=self):
-            return keras.Variable(
-                value,
-                name=name,
-                dtype=self._iterations.dtype,
-                trainable=False,
-                aggregation="only_first_replica",
-            )
+        # Also tracks it: as an attribute alone it would not be among `variables`, nor
+        # be saved, if the optimizer is made from a config inside of `Model.compile`.
+        return self.add_variable(
+            shape=(),
+            initializer=keras.initializers.Constant(value),
+            dtype=self._iterations.dtype,
+            aggregation="only_first_replica",
+            name=name,
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "learning_rate":
@@ -354,11 +358,16 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         variables = list(variables)
         self._check_strategy()
         check_built_on(variables, self.children, self._var_key)
-        # Keras may call this while it traces the train step.
+        # Keras may call this while it traces the train step, and even while it traces
+        # the model for the first time. Then the weights have no values yet, which a
+        # child that copies them in `build` can only take in the graph.
         with tf.init_scope():
+            in_graph = not are_initialized(variables)
+        with contextlib.nullcontext() if in_graph else tf.init_scope():
             for child in self.children:
                 if not child.built:
                     child.build(variables)
+        with tf.init_scope():
             super().build(variables)
             self._snapshots = tuple(
                 find_snapshots(child, variables) for child in self.children
@@ -597,16 +606,21 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             config: dict, left as it is.
             custom_objects: dict from names to the user's own classes and functions
                 that the children need.
+
+        Raises:
+            ValueError: if the config is not one of a SequentialOptimizer.
         """
-        # Keras edits nested configs in place.
-        config = copy.deepcopy(config)
+        child_configs, phases = check_config(config)
         children = [
-            keras.saving.deserialize_keras_object(child, custom_objects=custom_objects)
-            for child in config["optimizers"]
+            # Keras edits nested configs in place.
+            keras.saving.deserialize_keras_object(
+                copy.deepcopy(child), custom_objects=custom_objects
+            )
+            for child in child_configs
         ]
-        phases = config.pop("phases", range(len(children)))
-        config["optimizers"] = [children[i] for i in phases]
-        return cls(**config)
+        arguments = {key: config[key] for key in config.keys() - {"phases"}}
+        arguments["optimizers"] = [children[i] for i in phases]
+        return cls(**arguments)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Sets the values of `variables`, those of the children included.
@@ -615,8 +629,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             weights: list of arrays with the shapes of `variables`, in their order.
 
         Raises:
-            ValueError: if the optimizer is not built, or if the number of arrays or
-                a shape does not fit; nothing is set then.
+            ValueError: if the optimizer is not built, or if the number of arrays, a
+                shape or the dtype of a counter does not fit; nothing is set then.
         """
         if not self.built:
             raise ValueError(
@@ -624,10 +638,13 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                 "`optimizer.build(model.trainable_variables)` first."
             )
         arrays = [np.asarray(weight) for weight in weights]
-        set_all("`weights`", arrays, self.variables)
+        check_arrays("`weights`", arrays, self.variables)
+        for variable, array in zip(self.variables, arrays, strict=True):
+            variable.assign(array)
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the optimizer's own variables; children write theirs themselves."""
+        self._refused_file = False
         write_own(store, self._get_layout(), self._variables, self.built)
         self._notes.write(store)
 
@@ -638,8 +655,20 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             ValueError: if the file is not a SequentialOptimizer's, or was saved with
                 children or variables that this optimizer cannot tell apart.
         """
+        # Until nothing can be refused any more.
+        self._refused_file = True
+        notes = self._notes.in_store(store)
         read_own(store, self._get_layout(), self._variables, self.built)
-        self._notes.read(store)
+        self._notes.arrays = notes
+        self._refused_file = False
+
+    def __dir__(self) -> Iterable[str]:
+        # Keras collects errors while it loads, and goes on: by this list it finds the
+        # children, and would load their state into an optimizer that refused the file.
+        names = super().__dir__()
+        if self._refused_file:
+            return [name for name in names if name != "children"]
+        return names
 
     def _get_layout(self) -> Layout:
         return Layout(
@@ -648,7 +677,13 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             phases=self._phases.children,
             use_ema=bool(self.use_ema),
             gradient_accumulation_steps=self.gradient_accumulation_steps,
+            shapes=self._get_shapes(),
         )
+
+    def _get_shapes(self) -> tuple[tuple[int | None, ...], ...] | None:
+        if not self.built:
+            return None
+        return tuple(tuple(variable.shape) for variable in self._trainable_variables)
 
     # Private, because TensorFlow has no public place for either. test_graph.py fails
     # when a version no longer has them.

@@ -6,11 +6,12 @@ starts that copy is out of date and has to be taken again.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 # Two shapes, because optimizers treat matrices and vectors differently, and values
 # that no initializer produces.
@@ -18,6 +19,23 @@ _PROBES = {
     "matrix": np.array([[0.1372, 0.8517], [0.4093, 0.6211]], np.float32),
     "vector": np.array([0.2718, 0.5772], np.float32),
 }
+
+
+def are_initialized(variables: Iterable[Any]) -> bool:
+    """Returns, outside of graphs, whether the variables have values yet.
+
+    Those of a strategy have: it initializes them when it creates them.
+    """
+    if tf.distribute.has_strategy():
+        return True
+    tensors = (v.value if _is_of_keras(v) else v for v in variables)
+    return all(bool(tensor.is_initialized()) for tensor in tensors)
+
+
+def _is_of_keras(variable: Any) -> bool:
+    # Not `isinstance`: in older versions of Keras the variables of layers are of the
+    # class that `keras.Variable` is derived from.
+    return hasattr(variable, "path")
 
 
 def find_snapshots(
@@ -88,6 +106,6 @@ def _copied_kinds(child: keras.optimizers.Optimizer) -> set[str]:
 
 def _prefix(variable: Any) -> str:
     """The name that `Optimizer.add_variable_from_reference` starts with."""
-    if isinstance(variable, keras.Variable):
+    if _is_of_keras(variable):
         return variable.path.replace("/", "_")
     return variable.name.replace("/", "_").replace(":", "_")

@@ -23,54 +23,38 @@ from tests.saving_tools import (
     train,
     warnings_of,
 )
+from tests.saving_ways import (
+    CHECKPOINT,
+    checkpoint_in,
+    restore,
+    restore_deferred,
+    save_checkpoint,
+)
 
 optimizers = keras.optimizers
 
 
-def _save(model, folder):
-    tf.train.Checkpoint(model=model).write(str(folder / "checkpoint"))
-
-
 @pytest.fixture(scope="module")
 def run_of(tmp_path_factory):
-    return make_runs(tmp_path_factory, _save)
+    return make_runs(tmp_path_factory, save_checkpoint)
 
 
 def _path(run, calls):
-    return str(run.folder(calls) / "checkpoint")
+    return checkpoint_in(run.folder(calls))
 
 
-def _restore(path, optimizer):
-    """Restores into variables that exist."""
-    model = build(make_model(optimizer))
-    tf.train.Checkpoint(model=model).read(path).assert_consumed()
-    return model
-
-
-def _restore_deferred(path, optimizer):
-    """Restores what the optimizer has, and the rest when it is built."""
-    model = make_model(optimizer)
-    status = tf.train.Checkpoint(model=model).read(path)
-    build(model)
-    status.assert_consumed()
-    return model
-
-
-RESTORES = {"built": _restore, "deferred": _restore_deferred}
-
-
-@pytest.mark.parametrize("restore", RESTORES)
+@pytest.mark.parametrize("way", CHECKPOINT)
 @pytest.mark.parametrize(("name", "calls"), saves(CASES))
-def test_continues_as_if_never_saved(run_of, name, calls, restore):
+def test_continues_as_if_never_saved(run_of, name, calls, way):
     run = run_of(name)
-    run.assert_continues(RESTORES[restore](_path(run, calls), run.case.make()), calls)
+    run.assert_continues(CHECKPOINT[way].load(run.folder(calls), run.case.make), calls)
 
 
-@pytest.mark.parametrize("restore", RESTORES)
+@pytest.mark.parametrize("way", CHECKPOINT)
 @pytest.mark.parametrize("boundary", [None, 5, 1000])
-def test_ended_phase_stays_ended_under_other_boundaries(run_of, boundary, restore):
+def test_ended_phase_stays_ended_under_other_boundaries(run_of, boundary, way):
     run = run_of("ended")
-    model = RESTORES[restore](_path(run, 3), adam_sgd([boundary]))
+    model = CHECKPOINT[way].load(run.folder(3), lambda: adam_sgd([boundary]))
     assert int(model.optimizer.phase) == 1
     run.assert_continues(model, 3)
 
@@ -157,8 +141,8 @@ def test_checkpoint_of_weights_alone_leaves_the_optimizer(tmp_path):
     ("new_boundary", "calls"), [(5, 2), (5, 3), (5, 4), (2, 3), (1, 2)]
 )
 def test_obeys_the_integers_of_the_code(run_of, new_boundary, calls):
-    path = _path(run_of("adam_sgd"), calls)
-    model = _restore_deferred(path, adam_sgd([new_boundary]))
+    folder = run_of("adam_sgd").folder(calls)
+    model = restore_deferred(folder, lambda: adam_sgd([new_boundary]))
     for t in range(calls, 6):
         active = int(t >= new_boundary)
         assert int(model.optimizer.phase) == active
@@ -171,7 +155,7 @@ def test_obeys_the_integers_of_the_code(run_of, new_boundary, calls):
 
 def test_later_integer_is_as_if_it_had_always_been_there(run_of):
     expected = train(make_model(adam_sgd([5])), 0, 6)
-    model = _restore(_path(run_of("adam_sgd"), 2), adam_sgd([5]))
+    model = restore(run_of("adam_sgd").folder(2), lambda: adam_sgd([5]))
     assert_same(train(model, 2, 6), expected[2:])
 
 
@@ -435,5 +419,6 @@ def test_layout_in_the_checkpoint_stays_as_it_is(run_of):
     reader = tf.train.load_checkpoint(_path(run_of("same_class"), 3))
     assert reader.get_tensor(LAYOUT) == (
         b'{"version": 1, "classes": ["Adam", "Adam"], "names": ["first", "second"], '
-        b'"phases": [0, 1], "use_ema": false, "gradient_accumulation_steps": null}'
+        b'"phases": [0, 1], "use_ema": false, "gradient_accumulation_steps": null, '
+        b'"shapes": [[4, 3], [3], [3, 1], [1]]}'
     )

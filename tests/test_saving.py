@@ -2,7 +2,6 @@
 
 import copy
 import json
-import pickle
 
 import h5py
 import keras
@@ -25,16 +24,14 @@ from tests.saving_tools import (
     train,
     warnings_of,
 )
+from tests.saving_ways import KERAS, load_keras, load_weights_h5
 
 optimizers = keras.optimizers
 
 
 def _save(model, folder):
-    model.save(folder / "model.keras")
-    model.save_weights(folder / "model.weights.h5")
-    (folder / "model.pickle").write_bytes(pickle.dumps(model))
-    weights = [model.get_weights(), weights_of(model.optimizer.variables)]
-    (folder / "weights.pickle").write_bytes(pickle.dumps(weights))
+    for save in {way.save for way in KERAS.values()}:
+        save(model, folder)
 
 
 @pytest.fixture(scope="module")
@@ -42,62 +39,6 @@ def run_of(tmp_path_factory):
     return make_runs(tmp_path_factory, _save)
 
 
-# --- ways of loading: functions of (folder, function that makes the optimizer) ---
-
-
-def _load_keras(folder, make):
-    return keras.saving.load_model(folder / "model.keras")
-
-
-def _load_weights_h5(folder, make):
-    model = build(make_model(make()))
-    model.load_weights(folder / "model.weights.h5")
-    return model
-
-
-def _load_weights_of_keras_file(folder, make):
-    model = build(make_model(make()))
-    model.load_weights(folder / "model.keras")
-    return model
-
-
-def _unpickle(folder, make):
-    return pickle.loads((folder / "model.pickle").read_bytes())
-
-
-def _deepcopy(folder, make):
-    return copy.deepcopy(_load_weights_h5(folder, make))
-
-
-def _set_weights(folder, make):
-    model = build(make_model(make()))
-    weights, optimizer_variables = pickle.loads(
-        (folder / "weights.pickle").read_bytes()
-    )
-    model.set_weights(weights)
-    model.optimizer.set_weights(optimizer_variables)
-    return model
-
-
-def _clone(folder, make):
-    original = _load_weights_h5(folder, make)
-    clone = keras.models.clone_model(original)
-    clone.compile_from_config(original.get_compile_config())
-    build(clone)
-    clone.set_weights(original.get_weights())
-    clone.optimizer.set_weights(weights_of(original.optimizer.variables))
-    return clone
-
-
-WAYS = {
-    "keras": _load_keras,
-    "weights_h5": _load_weights_h5,
-    "weights_of_keras_file": _load_weights_of_keras_file,
-    "pickle": _unpickle,
-    "deepcopy": _deepcopy,
-    "set_weights": _set_weights,
-    "clone_model": _clone,
-}
 COMMON = ["keras", "weights_h5"]
 ENDED = ["ended", "ended_before_integer"]
 NOT_ENDED = [name for name in CASES if name not in ENDED]
@@ -107,27 +48,27 @@ NOT_ENDED = [name for name in CASES if name not in ENDED]
 @pytest.mark.parametrize(("name", "calls"), saves(NOT_ENDED))
 def test_continues_as_if_never_saved(run_of, name, calls, way):
     run = run_of(name)
-    model = WAYS[way](run.folder(calls), run.case.make)
+    model = KERAS[way].load(run.folder(calls), run.case.make)
     run.assert_continues(model, calls)
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way not in COMMON])
+@pytest.mark.parametrize("way", [way for way in KERAS if way not in COMMON])
 @pytest.mark.parametrize(
     ("name", "calls"), [*saves(["adam_sgd"]), ("returning", BOUNDARY + 2)]
 )
 def test_continues_after_less_common_ways(run_of, name, calls, way):
     run = run_of(name)
-    model = WAYS[way](run.folder(calls), run.case.make)
+    model = KERAS[way].load(run.folder(calls), run.case.make)
     run.assert_continues(model, calls)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", KERAS)
 @pytest.mark.parametrize(
     ("name", "calls"), [*saves(["ended"]), ("ended_before_integer", BOUNDARY)]
 )
 def test_ended_phase_stays_ended(run_of, name, calls, way):
     run = run_of(name)
-    model = WAYS[way](run.folder(calls), run.case.make)
+    model = KERAS[way].load(run.folder(calls), run.case.make)
     assert int(model.optimizer.phase) == int(calls >= run.case.advance_after)
     run.assert_continues(model, calls)
 
@@ -140,7 +81,7 @@ def test_saving_changes_nothing(run_of):
 
 def test_loaded_instance_that_returns_is_one_child(run_of):
     run = run_of("returning")
-    optimizer = _load_keras(run.folder(BOUNDARY), None).optimizer
+    optimizer = load_keras(run.folder(BOUNDARY), None).optimizer
     assert [type(c).__name__ for c in optimizer.children] == ["Adam", "SGD"]
     assert optimizer.get_config()["phases"] == [0, 1, 0]
     assert optimizer.get_config()["boundaries"] == [BOUNDARY, BOUNDARY + 2]
@@ -149,10 +90,10 @@ def test_loaded_instance_that_returns_is_one_child(run_of):
 def test_copies_share_no_state(run_of):
     run = run_of("adam_sgd")
     for way in ("deepcopy", "clone_model"):
-        model = _load_weights_h5(run.folder(2), run.case.make)
+        model = load_weights_h5(run.folder(2), run.case.make)
         (run.folder(2) / way).mkdir(exist_ok=True)
         _save(model, run.folder(2) / way)
-        copied = WAYS[way](run.folder(2) / way, run.case.make)
+        copied = KERAS[way].load(run.folder(2) / way, run.case.make)
         train(copied, 2, 5)
         assert_same(state_of(model), run.states[2])
 
@@ -165,7 +106,7 @@ def test_copies_share_no_state(run_of):
 )
 def test_obeys_the_integers_of_the_code(run_of, new_boundary, calls):
     folder = run_of("adam_sgd").folder(calls)
-    model = _load_weights_h5(folder, lambda: adam_sgd([new_boundary]))
+    model = load_weights_h5(folder, lambda: adam_sgd([new_boundary]))
     for t in range(calls, 6):
         assert int(model.optimizer.phase) == int(t >= new_boundary)
         before = [int(child.iterations) for child in model.optimizer.children]
@@ -178,20 +119,20 @@ def test_obeys_the_integers_of_the_code(run_of, new_boundary, calls):
 
 def test_later_integer_is_as_if_it_had_always_been_there(run_of):
     expected = train(make_model(adam_sgd([5])), 0, 6)
-    model = _load_weights_h5(run_of("adam_sgd").folder(2), lambda: adam_sgd([5]))
+    model = load_weights_h5(run_of("adam_sgd").folder(2), lambda: adam_sgd([5]))
     assert_same(train(model, 2, 6), expected[2:])
 
 
 def test_earlier_integer_ends_the_phase_at_once(run_of):
     expected = train(make_model(adam_sgd([2])), 0, 6)
-    model = _load_weights_h5(run_of("adam_sgd").folder(2), lambda: adam_sgd([1]))
+    model = load_weights_h5(run_of("adam_sgd").folder(2), lambda: adam_sgd([1]))
     assert_same(train(model, 2, 6), expected[2:])
 
 
 @pytest.mark.parametrize("boundary", [None, 5, 1000])
 def test_ended_phase_stays_ended_under_other_boundaries(run_of, boundary):
     run = run_of("ended")
-    model = _load_weights_h5(run.folder(3), lambda: adam_sgd([boundary]))
+    model = load_weights_h5(run.folder(3), lambda: adam_sgd([boundary]))
     run.assert_continues(model, 3)
 
 
@@ -423,7 +364,7 @@ def test_refuses_the_state_of_another_model(tmp_path):
     before = weights_of(other.optimizer._variables)
     with (
         h5py.File(path) as file,
-        pytest.raises(ValueError, match="must have one array"),
+        pytest.raises(ValueError, match="must have the shapes"),
     ):
         other.optimizer.load_own_variables(file["optimizer/vars"])
     assert_same(weights_of(other.optimizer._variables), before)
@@ -472,6 +413,20 @@ def test_set_weights_sets_all_or_nothing(wrong):
 def test_set_weights_needs_a_built_optimizer():
     with pytest.raises(ValueError, match="must be built before `set_weights`"):
         adam_sgd().set_weights([])
+
+
+def test_optimizer_made_by_compile_saves_all_of_its_state(tmp_path):
+    # Keras tracks no attributes of what is made inside of `compile`.
+    model = make_model()
+    model.compile(keras.saving.serialize_keras_object(adam_sgd([None])), "mse")
+    train(model, 0, 2)
+    model.optimizer.advance()
+    train(model, 2, 4)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert int(loaded.optimizer.phase) == 1
+    assert_same(state_of(loaded), state_of(model))
+    assert_same(train(loaded, 4, 6), train(model, 4, 6))
 
 
 # --- pinned files ------------------------------------------------------------------
@@ -548,6 +503,7 @@ def test_layout_in_the_h5_file_stays_as_it_is(run_of):
         "phases": [0, 1],
         "use_ema": False,
         "gradient_accumulation_steps": None,
+        "shapes": [[4, 3], [3], [3, 1], [1]],
     }
     assert own == [BOUNDARY + 1, 0, 1]
 

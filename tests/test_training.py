@@ -126,6 +126,26 @@ def test_fit_under_a_dtype_policy_equals_two_fits(policy, jit_compile):
     assert_same(state_of(model, children), plain, atol)
 
 
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("order", [0, 1])
+def test_model_that_is_built_by_fit_trains_as_one_that_was_built(order, jit_compile):
+    # Without an `Input` the weights have no values yet while the step is traced. The
+    # first of the two copies them when it is built.
+    copies = getattr(keras.optimizers, "ScheduleFreeAdamW", Adam)
+
+    def train(*inputs):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([*inputs, keras.layers.Dense(1)])
+        children = [copies(0.05, name="copies"), SGD(0.1, name="sgd")][:: 1 - 2 * order]
+        optimizer = SequentialOptimizer(children, [BOUNDARY])
+        if inputs:
+            optimizer.build(model.trainable_variables)
+        fit(model, optimizer, 0, UPDATES, jit_compile=jit_compile)
+        return state_of(model, children)
+
+    assert_same(train(), train(keras.Input(X.shape[1:])))
+
+
 def test_frozen_layer_stays_and_the_rest_equals_plain_optimizers():
     def make_frozen_model():
         model = make_model()
