@@ -1,6 +1,6 @@
 """How much longer does the first call take, until a train step is traced and compiled?
 
-    python -m benchmarks.first_call            # about 8 minutes on two cores
+    python -m benchmarks.first_call            # about 10 minutes on two cores
     python -m benchmarks.first_call --quick    # seconds, on tiny models
 
 Every measurement is of a new model, optimizer and `tf.function`. Tracing is the time of
@@ -305,7 +305,10 @@ def label(case: dict[str, Any]) -> str:
     """Returns the name of a case for the picture."""
     setting = "" if case["setting"] == "step" else f", {case['setting']}"
     children = "" if case["children"] == 2 else f", {case['children']} children"
-    return f"{case['model']}{setting}{children}"
+    # There are two MLPs.
+    variables = f" of {case['variables']} variables"
+    model = case["model"].removesuffix(variables[4:])
+    return f"{model or 'layers'}{variables}{setting}{children}"
 
 
 if __name__ == "__main__":

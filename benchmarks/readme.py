@@ -1,4 +1,4 @@
-"""Writes the tables of benchmarks/README.md anew, from the JSON files.
+"""Writes the tables of both READMEs anew, from the JSON files.
 
     python -m benchmarks.readme
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import QUESTIONS, report
+from benchmarks import QUESTIONS, headline, report
 
 README = Path(__file__).parent / "README.md"
 
@@ -42,16 +42,18 @@ def with_part(text: str, name: str, new: str) -> str:
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     form = re.compile(f"{re.escape(begin)}\n.*?{re.escape(end)}", re.DOTALL)
     if len(form.findall(text)) != 1:
-        raise ValueError(f"README.md must have `{begin}` and `{end}`, once each.")
+        raise ValueError(f"The README must have `{begin}` and `{end}`, once each.")
     return form.sub(lambda _: f"{begin}\n\n{new}\n\n{end}", text)
 
 
 def update(names: Iterable[str]) -> None:
-    """Puts the newest tables of the questions into benchmarks/README.md."""
+    """Puts the newest tables of the questions into the READMEs."""
     text = README.read_text()
     for name in names:
         text = with_part(text, name, part(name))
     README.write_text(text)
+    text = headline.README.read_text()
+    headline.README.write_text(with_part(text, "headline", headline.table()))
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """Does a train step with a sequence take longer than one with the plain optimizer?
 
-    python -m benchmarks.step_throughput            # about 10 minutes on two cores
+    python -m benchmarks.step_throughput            # about 14 minutes on two cores
     python -m benchmarks.step_throughput --quick    # seconds, on tiny models
 
 The step of [Adam, SGD with momentum] in each of its phases, over the step of the plain

@@ -1,6 +1,6 @@
 """Is the step slower in which the optimizer changes, and is anything traced again?
 
-    python -m benchmarks.the_switch            # about 8 minutes on two cores
+    python -m benchmarks.the_switch            # about 11 minutes on two cores
     python -m benchmarks.the_switch --quick    # seconds, on a tiny model
 
 The time of each of the five steps before and the five after the switch from Adam to

@@ -13,6 +13,7 @@ import pytest
 from benchmarks import (
     QUESTIONS,
     first_call,
+    headline,
     memory,
     models,
     peak_memory,
@@ -337,16 +338,22 @@ def test_first_call_that_is_not_counted_is_not_in_the_median():
     assert len(calls) == 4
 
 
-@pytest.mark.parametrize("task", models.make_tasks(tiny=True), ids=lambda t: t.name)
-def test_models_start_from_the_same_weights_each_time(task):
+@pytest.mark.parametrize(
+    "task",
+    [
+        *models.make_tasks(tiny=True),
+        models.residual_cnn(width=2, blocks=1, batch=1),
+        models.transformer(width=16, blocks=1, heads=2, length=8, words=50),
+    ],
+    ids=lambda task: task.name,
+)
+def test_models_take_their_data_and_start_from_the_same_weights(task):
     one, other = task.new_model(), task.new_model()
     for a, b in zip(one.get_weights(), other.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-def test_residual_cnn_takes_its_data():
-    task = models.residual_cnn(width=2, blocks=1, batch=1)
-    assert task.new_model()(task.x).shape == (1, models.CLASSES)
+    logits = one(task.x)
+    assert logits.shape[:-1] == task.y.shape
+    assert logits.shape[-1] > task.y.max()
 
 
 @pytest.mark.parametrize("count", [4, 20])
@@ -441,10 +448,13 @@ def test_full_run_writes_its_part_of_the_readme(
     text = "# Before\n<!-- begin memory -->\nold\n<!-- end memory -->\nafter\n"
     (tmp_path / "README.md").write_text(text)
     monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    (tmp_path / "main.md").write_text("<!-- begin headline -->\n<!-- end headline -->")
+    monkeypatch.setattr(headline, "README", tmp_path / "main.md")
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     measured = {key: results["memory"][key] for key in ("sequences", "plain")}
     monkeypatch.setattr(memory, "measure", lambda settings: measured)
-    monkeypatch.setattr(readme.part, "__defaults__", (tmp_path,))
+    for function in (readme.part, headline.table):
+        monkeypatch.setattr(function, "__defaults__", (tmp_path,))
     monkeypatch.setattr(report.read, "__defaults__", (tmp_path,))
     assert report.run("memory", []) == 0
     written = (tmp_path / "README.md").read_text()
@@ -455,6 +465,28 @@ def test_full_run_writes_its_part_of_the_readme(
     assert written.startswith("# Before\n<!-- begin memory -->\n")
     assert written.endswith("<!-- end memory -->\nafter\n")
     assert (tmp_path / "memory.json").exists()
+    said = headline.memory(results["memory"])
+    lines = (tmp_path / "main.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("| [")] == [
+        f"| [Memory](benchmarks/README.md#memory) | {said} |"
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_headline_holds_the_medians(results, name):
+    _, say = headline.LINES[name]
+    key = {
+        "step_throughput": lambda result: result["cells"][0]["sequence_over_plain"],
+        "first_call": lambda result: result["cases"][0]["both_over_plain"],
+        "the_switch": lambda result: result["ways"][0]["steps"][ways.AROUND],
+        "memory": lambda result: result["sequences"][-1]["peak_over_adam"],
+    }[name]
+    assert timing.number(key(results[name])["median"]) in say(results[name])
+
+
+def test_main_readme_has_the_headline():
+    text = headline.README.read_text()
+    assert readme.with_part(text, "headline", headline.table()) == text
 
 
 def test_part_without_its_markers_is_refused():
