@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 OUTCOMES = Path(__file__).with_suffix(".json")
-LEFT_OUT = ("benchmark*", "cluster", "digits", "faults", "strategies")
+LEFT_OUT = "benchmark*", "cluster", "compatibility", "digits", "faults", "strategies"
 _TABLE = re.compile(r"(?<=<!-- begin compatibility -->\n).*?(?=<!-- end)", re.DOTALL)
 _VERSIONS = """
 import importlib.metadata as m
