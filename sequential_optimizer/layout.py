@@ -20,6 +20,8 @@ import tensorflow as tf
 
 _VERSION = 1
 
+Shapes = tuple[tuple[int | None, ...], ...]
+
 # An optimizer's own variables begin with its counters, of which this is the last.
 _LAST_PHASE = 2
 _COUNTERS = 3
@@ -44,7 +46,7 @@ class Layout:
     phases: tuple[int, ...]
     use_ema: bool
     gradient_accumulation_steps: int | None
-    shapes: tuple[tuple[int | None, ...], ...] | None = None
+    shapes: Shapes | None = None
 
     def to_json(self) -> bytes:
         return json.dumps({"version": _VERSION, **asdict(self)}).encode()
@@ -103,14 +105,7 @@ def check_loadable(saved: Layout, current: Layout, by_position: bool) -> None:
                 f"Received: {setting}={now}. Create the optimizer with "
                 f"`{setting}={before}`, then load."
             )
-    if None not in (saved.shapes, current.shapes) and saved.shapes != current.shapes:
-        raise ValueError(
-            "The variables that a `SequentialOptimizer` trains must have the shapes "
-            "that they had when it was saved, because those of its children follow "
-            f"from them. Received: {len(saved.shapes)} variables of the shapes "
-            f"{saved.shapes!s:.200}, now {len(current.shapes)} of the shapes "
-            f"{current.shapes!s:.200}. Load the file into the model that was saved."
-        )
+    _check_shapes(saved.shapes, current.shapes)
     if saved.classes == current.classes and saved.phases == current.phases:
         _check_names(saved, current)
         return
@@ -131,6 +126,19 @@ def check_loadable(saved: Layout, current: Layout, by_position: bool) -> None:
         f"with {current.describe()}. Its iterations, and the children that both "
         "have, go on where they were; a child that was not saved starts afresh.",
         stacklevel=2,
+    )
+
+
+def _check_shapes(before: Shapes | None, now: Shapes | None) -> None:
+    """Raises if both are known, and not the same."""
+    if before is None or now is None or before == now:
+        return
+    raise ValueError(
+        "The variables that a `SequentialOptimizer` trains must have the shapes that "
+        "they had when it was saved, because those of its children follow from them. "
+        f"Received: {len(before)} variables of the shapes {before!s:.200}, now "
+        f"{len(now)} of the shapes {now!s:.200}. Load the file into the model that "
+        "was saved."
     )
 
 

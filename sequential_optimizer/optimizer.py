@@ -38,6 +38,7 @@ from sequential_optimizer.gradients import (
 from sequential_optimizer.layout import (
     CheckpointedLayout,
     Layout,
+    Shapes,
     check_arrays,
     not_saved_from_one,
     read_own,
@@ -680,7 +681,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             shapes=self._get_shapes(),
         )
 
-    def _get_shapes(self) -> tuple[tuple[int | None, ...], ...] | None:
+    def _get_shapes(self) -> Shapes | None:
         if not self.built:
             return None
         return tuple(tuple(variable.shape) for variable in self._trainable_variables)
