@@ -1,6 +1,6 @@
 """How much longer does the first call take, until a train step is traced and compiled?
 
-    python -m benchmarks.first_call            # about 10 minutes on two cores
+    python -m benchmarks.first_call            # about 17 minutes on two cores
     python -m benchmarks.first_call --quick    # seconds, on tiny models
 
 Every measurement is of a new model, optimizer and `tf.function`. Tracing is the time of
@@ -52,7 +52,7 @@ class Settings:
     tiny_models: bool = False
     children: tuple[int, ...] = (2, 3, 4, 8)
     variables: tuple[int, ...] = (20, 100, 400)
-    rounds: int = 3
+    rounds: int = 5
 
 
 FULL = Settings()
