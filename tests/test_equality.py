@@ -39,6 +39,17 @@ BUILT_IN = {
 # The oldest supported Keras has fewer.
 AVAILABLE = [name for name in BUILT_IN if hasattr(optimizers, name)]
 
+
+def skip_if_broken(name):
+    """Skips a test of an optimizer that does not work in this Keras by itself."""
+    if name != "Muon" or not keras.__version__.startswith("3.10."):
+        return
+    variables = make_variables()
+    with pytest.raises(AttributeError, match="path"):
+        BUILT_IN[name]().apply(make_gradients(variables, 1)[0], variables)
+    pytest.skip("plain Muon in Keras 3.10 takes no TensorFlow variable")
+
+
 needs_multi_optimizer = pytest.mark.skipif(
     not hasattr(optimizers, "MultiOptimizer"), reason="this Keras has none"
 )
@@ -75,6 +86,8 @@ def adam_then_sgd():
 @pytest.mark.parametrize("position", ["first", "second"])
 @pytest.mark.parametrize("name", AVAILABLE)
 def test_built_in_optimizer(name, position, mode):
+    skip_if_broken(name)
+
     def make_phases():
         other = optimizers.SGD(0.01, momentum=0.5, name="other")
         child = BUILT_IN[name]()
@@ -227,6 +240,7 @@ def test_sparse_gradients(mode):
 
 @pytest.mark.parametrize("name", AVAILABLE)
 def test_sparse_gradients_of_built_in_optimizer(name):
+    skip_if_broken(name)
     # The shape that `with_constant_shapes` gave a sparse gradient was a tuple, which
     # not every optimizer takes: ScheduleFreeAdamW in a graph did not. Not under XLA,
     # which rounds RMSprop's last bit otherwise in any conditional: a plain RMSprop in
