@@ -475,13 +475,19 @@ def test_full_run_writes_its_part_of_the_readme(
 @pytest.mark.parametrize("name", NAMES)
 def test_headline_holds_the_medians(results, name):
     _, say = headline.LINES[name]
-    key = {
-        "step_throughput": lambda result: result["cells"][0]["sequence_over_plain"],
-        "first_call": lambda result: result["cases"][0]["both_over_plain"],
-        "the_switch": lambda result: result["ways"][0]["steps"][ways.AROUND],
-        "memory": lambda result: result["sequences"][-1]["peak_over_adam"],
-    }[name]
-    assert timing.number(key(results[name])["median"]) in say(results[name])
+    # Of several cells the largest is shown.
+    ratios = {
+        "step_throughput": lambda result: [
+            cell["sequence_over_plain"] for cell in result["cells"]
+        ],
+        "first_call": lambda result: [
+            case["both_over_plain"] for case in result["cases"]
+        ],
+        "the_switch": lambda result: [result["ways"][0]["steps"][ways.AROUND]],
+        "memory": lambda result: [row["peak_over_adam"] for row in result["sequences"]],
+    }[name](results[name])
+    largest = max(ratio["median"] for ratio in ratios)
+    assert timing.number(largest) in say(results[name])
 
 
 def test_main_readme_has_the_headline():
