@@ -305,10 +305,11 @@ def label(case: dict[str, Any]) -> str:
     """Returns the name of a case for the picture."""
     setting = "" if case["setting"] == "step" else f", {case['setting']}"
     children = "" if case["children"] == 2 else f", {case['children']} children"
-    # There are two MLPs.
-    variables = f" of {case['variables']} variables"
-    model = case["model"].removesuffix(variables[4:])
-    return f"{model or 'layers'}{variables}{setting}{children}"
+    model = case["model"]
+    # There are two MLPs; other models have the number in their name.
+    if not model.endswith("variables"):
+        model += f" of {case['variables']} variables"
+    return f"{model}{setting}{children}"
 
 
 if __name__ == "__main__":

@@ -51,12 +51,20 @@ def peak() -> int:
     On Linux not what `getrusage` says, which in a process that was started by a larger
     one is at least the size of that.
     """
-    with contextlib.suppress(OSError):
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    found = in_status("VmHWM")
+    if found is not None:
+        return found
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
+
+
+def in_status(name: str) -> int | None:
+    """Returns a size that Linux tells of this process, in bytes; `None` elsewhere."""
+    with contextlib.suppress(OSError):
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def forget_peak() -> None:

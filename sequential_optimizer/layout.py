@@ -24,7 +24,6 @@ Shapes = tuple[tuple[int | None, ...], ...]
 
 # An optimizer's own variables begin with its counters, of which this is the last.
 _LAST_PHASE = 2
-_COUNTERS = 3
 
 
 @dataclass(frozen=True)
@@ -238,7 +237,8 @@ def read_own(
 
 def _check_counters(values: Sequence[np.ndarray]) -> None:
     """Raises if no optimizer can have counted what the first of `values` say."""
-    iterations, min_phase, last_phase = (int(value) for value in values[:_COUNTERS])
+    counters = values[: _LAST_PHASE + 1]
+    iterations, min_phase, last_phase = (int(value) for value in counters)
     if iterations < 0 or min_phase < 0 or last_phase < -1:
         raise ValueError(
             "The file must have counters that a `SequentialOptimizer` can reach. "

@@ -78,7 +78,7 @@ class Plugin:
     """Replaces the optimizers while tests run, and keeps how the tests ended."""
 
     def __init__(self, place: str) -> None:
-        self._place = PLACES.get(place)
+        self._place = PLACES[place]
         self._made = 0
         self.tests: dict[str, dict[str, Any]] = {}
 
@@ -88,8 +88,7 @@ class Plugin:
         What it returns is not a `cls`, so Python does not call `cls.__init__` on it.
         """
         replaced = (
-            self._place is not None
-            and cls is not keras.optimizers.Optimizer
+            cls is not keras.optimizers.Optimizer
             and not issubclass(cls, (SequentialOptimizer, *HOLDERS))
             and not is_for_a_sequence()
         )
@@ -120,7 +119,7 @@ class Plugin:
 
 
 def pytest_addoption(parser: Any) -> None:
-    parser.addoption("--place", choices=["plain", *PLACES], required=True)
+    parser.addoption("--place", choices=PLACES, required=True)
     parser.addoption("--report", type=Path, required=True)
 
 

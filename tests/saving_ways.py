@@ -96,10 +96,14 @@ def save_checkpoint(model, folder):
     tf.train.Checkpoint(model=model).write(checkpoint_in(folder))
 
 
-def restore(folder, make):
+def read_checkpoint(model, folder):
     """Restores into variables that exist."""
-    model = build(make_model(make()))
     tf.train.Checkpoint(model=model).read(checkpoint_in(folder)).assert_consumed()
+
+
+def restore(folder, make):
+    model = build(make_model(make()))
+    read_checkpoint(model, folder)
     return model
 
 

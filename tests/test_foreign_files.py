@@ -16,14 +16,13 @@ from tests.reference import assert_same, weights_of
 from tests.saving_tools import (
     BOUNDARY,
     adam_sgd,
-    build,
     make_model,
     state_of,
     train,
     warnings_of,
 )
 from tests.saving_ways import (
-    checkpoint_in,
+    read_checkpoint,
     save_checkpoint,
     save_keras,
     save_weights_h5,
@@ -53,11 +52,6 @@ def _load_weights(name):
     return lambda model, folder: model.load_weights(folder / name)
 
 
-def _read_checkpoint(model, folder):
-    checkpoint = tf.train.Checkpoint(model=model)
-    checkpoint.read(checkpoint_in(folder)).assert_consumed()
-
-
 FORMATS = {
     "keras": Format(
         save_keras,
@@ -73,7 +67,7 @@ FORMATS = {
     ),
     "checkpoint": Format(
         save_checkpoint,
-        _read_checkpoint,
+        read_checkpoint,
         ("checkpoint.index", "checkpoint.data-00000-of-00001"),
         # IndexError for an object graph that is cut off.
         (ValueError, IndexError, tf.errors.OpError),
@@ -332,14 +326,3 @@ def test_set_weights_refuses_counters_that_are_no_integers():
     with pytest.raises(ValueError, match="must have integers"):
         model.optimizer.set_weights(arrays)
     assert_same(state_of(model), before)
-
-
-def test_file_without_variables_warns_and_leaves_the_optimizer(damaged):
-    path = damaged / "model.weights.h5"
-    with h5py.File(path, "r+") as file:
-        del file["optimizer"]
-    model = trained(calls=2)
-    before = state_of(model)[1]
-    warnings_of(model.load_weights, path)
-    assert_same(state_of(model)[1], before)
-    build(model)

@@ -70,7 +70,7 @@ REASONS = {
 }
 
 
-def run(place, folder, *options):
+def run(place, folder):
     """Returns what the plugin reports of Keras' tests, by "file::class::test"."""
     report = folder / f"{place}.json"
     done = subprocess.run(
@@ -80,7 +80,6 @@ def run(place, folder, *options):
             # Neither the settings of this repository nor its folder.
             *("-c", os.devnull, f"--rootdir={folder}", "-p", "no:cacheprovider"),
             *FILES,
-            *options,
         ],
         cwd=ROOT,
         stdout=subprocess.PIPE,

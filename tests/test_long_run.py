@@ -1,13 +1,13 @@
 """A million updates and a hundred phases: nothing grows, nothing is counted wrong."""
 
 import re
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from benchmarks.peak_memory import in_status
 from sequential_optimizer import SequentialOptimizer
 from tests.reference import assert_same, make_variables, weights_of
 
@@ -17,7 +17,6 @@ UPDATES = PHASES * UPDATES_IN_PHASE
 # One call of the compiled loop; not whole phases, so switches lie inside of calls too.
 CALLS = 40
 UPDATES_IN_CALL = UPDATES // CALLS
-_STATUS = Path("/proc/self/status")
 
 
 def adam_and_sgd():
@@ -41,14 +40,6 @@ def make_loop(optimizer, variables):
     return loop
 
 
-def memory():
-    """Returns the bytes that the process has in memory."""
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError(f"no VmRSS in {_STATUS}")
-
-
 @pytest.fixture(scope="module")
 def run():
     """The optimizer, its variables and loop, and the memory after each call."""
@@ -62,7 +53,7 @@ def run():
     for start in range(0, UPDATES, UPDATES_IN_CALL):
         phases.append(int(optimizer.phase))
         loop(tf.constant(start), tf.constant(start + UPDATES_IN_CALL))
-        used.append(memory() if _STATUS.exists() else None)
+        used.append(in_status("VmRSS"))
     return optimizer, variables, loop, used, phases
 
 
@@ -100,7 +91,7 @@ def test_loop_is_traced_once_and_has_a_branch_for_each_child(run):
     assert len(branches[1].split(",") if branches else two) == 2
 
 
-@pytest.mark.skipif(not _STATUS.exists(), reason="needs /proc")
+@pytest.mark.skipif(in_status("VmRSS") is None, reason="needs /proc")
 def test_memory_is_flat(run):
     *_, used, _ = run
     # What the first calls allocate is kept for the next ones. A single float for each
