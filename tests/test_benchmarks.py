@@ -37,7 +37,7 @@ NAMES = ("step_throughput", "first_call", "the_switch", "memory")
 # As short as they can be.
 TINY = {
     "step_throughput": {"rounds": 2, "steps": 1},
-    "first_call": {"rounds": 1, "children": (2,), "variables": ()},
+    "first_call": {"children": (2,), "variables": ()},
     "the_switch": {"rounds": 2, "compiling_rounds": 1},
     "memory": {},
 }
@@ -240,7 +240,7 @@ def test_sequence_that_does_something_else_is_not_timed(monkeypatch, broken):
 def test_first_call_of_a_broken_sequence_is_not_reported(monkeypatch):
     monkeypatch.setattr(first_call, "make_sequence", never_switches)
     with pytest.raises(CheckError, match="sequence of 2 phases"):
-        first_call.measure_group(first_call.Group(small_task()), rounds=1)
+        first_call.measure_group(first_call.Group(small_task(), rounds=1))
 
 
 def test_way_that_switches_too_late_is_not_timed():
