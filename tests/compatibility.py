@@ -5,7 +5,8 @@
 Each pair gets a virtual environment of its own. The outcome goes to
 compatibility.json, and from there into the table of the README. Left out are the tests
 of what does not depend on these versions much, but takes long: the benchmarks, clusters
-and `slow` ones. `.ci/run` runs everything with the oldest and the newest pair.
+and `slow` ones. `.ci/run` runs those too: with the newest pair, and all but the
+benchmarks with the oldest.
 """
 
 import argparse

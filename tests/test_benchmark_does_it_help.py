@@ -9,6 +9,8 @@ from scipy import stats
 from benchmarks import does_it_help, learning_tasks, report
 from benchmarks.checks import CheckError
 
+pytestmark = pytest.mark.slow
+
 TINY = does_it_help.Settings(
     teacher_epochs=2, rates=(3e-3, 3e-2), tuning_seeds=1, seeds=2, patience=1
 )

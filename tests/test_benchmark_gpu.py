@@ -9,6 +9,8 @@ from benchmarks import gpu, models, report
 from benchmarks.checks import CheckError
 from benchmarks.programs import Program, make_plain, make_sequence
 
+pytestmark = pytest.mark.slow
+
 
 def small_task():
     return models.mlp(width=16, hidden=1)

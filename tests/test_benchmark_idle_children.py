@@ -8,6 +8,8 @@ import pytest
 from benchmarks import hlo, idle_children, models, programs, report
 from benchmarks.checks import CheckError
 
+pytestmark = pytest.mark.slow
+
 # A switch as XLA writes it. In the second branch the first variable is handed on in a
 # copy, the second is updated, and the third is handed on in place. The copy of the loss
 # is none of a variable.

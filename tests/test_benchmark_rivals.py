@@ -11,6 +11,8 @@ from benchmarks.checks import CheckError
 from benchmarks.models import mlp
 from benchmarks.rival import NotAvailableError, Trainer, Work
 
+pytestmark = pytest.mark.slow
+
 TINY = dataclasses.replace(rivals.QUICK, width=16, hidden=1, boundary=3, rounds=2)
 FRAMEWORKS = {one.name: one for one in rivals.frameworks(compiled=False)}
 

@@ -33,6 +33,8 @@ from benchmarks.checks import CheckError, check_same, difference
 from benchmarks.environment import environment
 from sequential_optimizer import SequentialOptimizer
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("step_throughput", "first_call", "the_switch", "memory")
 # As short as they can be.
 TINY = {

@@ -131,6 +131,8 @@ class ForkedLoader(keras.utils.PyDataset):
     multiprocessing.get_start_method(allow_none=False) != "fork", reason="needs fork"
 )
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+# JAX, if a test of the rivals has imported it in this process.
+@pytest.mark.filterwarnings("ignore:os.fork.. was called:RuntimeWarning")
 def test_data_from_forked_processes_trains_as_data_from_this_one():
     expected = fit(compile_model(0, False))
     model = compile_model(0, False)

@@ -104,7 +104,9 @@ def test_fit_equals_two_fits_with_plain_optimizers(mode):
 
 
 # mixed_float16, with its loss scaling, is in test_switch_on_plateau.py.
-@pytest.mark.parametrize("jit_compile", [True, False])
+@pytest.mark.parametrize(
+    "jit_compile", [pytest.param(True, marks=pytest.mark.slow), False]
+)
 @pytest.mark.parametrize(
     "policy", ["float16", "bfloat16", "mixed_bfloat16", "float64"], indirect=True
 )
