@@ -1,11 +1,12 @@
 """How much longer does the first call take, until a train step is traced and compiled?
 
-    python -m benchmarks.first_call            # about 20 minutes on two cores
+    python -m benchmarks.first_call            # about 28 minutes on two cores
     python -m benchmarks.first_call --quick    # seconds, on tiny models
 
 Every measurement is of a new model, optimizer and `tf.function`. Tracing is the time of
 `get_concrete_function`; compiling is the time of the first call after it, less that of
-the second, and is nearly all XLA's. Both are reported over the slowest plain child.
+the second: TensorFlow lowers the graph to XLA's HLO, and XLA compiles that. Both are
+reported over the slowest plain child.
 Goals: with two children tracing and compiling take at most 1.5 times as long as with
 the slowest plain child; with any number at most as long as the forward and backward
 pass and every child's own part together.

@@ -239,6 +239,20 @@ def test_sequence_that_does_something_else_is_not_timed(monkeypatch, broken):
         step_throughput.measure_task(small_task(), step_throughput.QUICK)
 
 
+def test_first_call_without_an_optimizer_keeps_the_gradients():
+    group = first_call.Group(small_task(), rounds=1)
+    program, sgd = group.program(first_call.WITHOUT), group.program("sgd")
+    before = program.weights()
+    program.step()
+    np.testing.assert_equal(program.weights(), before)
+    sgd.step()
+    # The first update with momentum: - learning rate * gradient.
+    for kept, first, weight in zip(
+        program.optimizer.variables, before, sgd.weights(), strict=True
+    ):
+        np.testing.assert_allclose(first - 1e-2 * kept.numpy(), weight, atol=1e-7)
+
+
 def test_first_call_of_a_broken_sequence_is_not_reported(monkeypatch):
     monkeypatch.setattr(first_call, "make_sequence", never_switches)
     with pytest.raises(CheckError, match="sequence of 2 phases"):
