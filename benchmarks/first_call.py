@@ -60,7 +60,7 @@ class Settings:
 
 FULL = Settings()
 QUICK = Settings(
-    tiny_models=True, children=(3,), variables=(4,), rounds=1, small_rounds=1
+    tiny_models=True, children=(2,), variables=(), rounds=1, small_rounds=1
 )
 
 

@@ -124,7 +124,7 @@ class Settings:
 
 FULL = Settings()
 QUICK = Settings(
-    grid=((8, (1, 2, 3)),),
+    grid=((4, (1, 2, 3)),),
     rounds=5,
     steps=5,
     orders=(("adam", "sgd"), ("sgd", "adam")),
