@@ -67,7 +67,7 @@ class Settings:
 
 FULL = Settings()
 QUICK = Settings(
-    digits_epochs=2, teacher_epochs=2, rates=(3e-3, 3e-2), tuning_seeds=1, seeds=2
+    digits_epochs=2, teacher_epochs=2, rates=(1e-2,), tuning_seeds=1, seeds=2
 )
 # Far from those for testing.
 FIRST_TUNING_SEED = 1000

@@ -39,7 +39,7 @@ NAMES = ("step_throughput", "first_call", "the_switch", "memory")
 # As short as they can be.
 TINY = {
     "step_throughput": {"rounds": 2, "steps": 1},
-    "first_call": {"children": (2,), "variables": ()},
+    "first_call": {},
     "the_switch": {"rounds": 2, "compiling_rounds": 1},
     "memory": {},
 }
