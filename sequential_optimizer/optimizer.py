@@ -10,8 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from sequential_optimizer.boundaries import Phases, check_boundaries
-from sequential_optimizer.children import (
+from sequential_optimizer._children import (
     CHILD_SETTINGS,
     check_built_on,
     check_config,
@@ -20,7 +19,15 @@ from sequential_optimizer.children import (
     distinct,
     get_children,
 )
-from sequential_optimizer.distribution import (
+from sequential_optimizer._gradients import (
+    add_to,
+    check_gradients,
+    divide,
+    with_constant_shapes,
+)
+from sequential_optimizer._keras import check_keras
+from sequential_optimizer._phases import Phases, check_boundaries
+from sequential_optimizer._replicas import (
     check_accumulation,
     check_in_replica,
     check_strategy,
@@ -29,25 +36,18 @@ from sequential_optimizer.distribution import (
     largest_of_workers,
     once_for_all,
 )
-from sequential_optimizer.gradients import (
-    add_to,
-    check_gradients,
-    divide,
-    with_constant_shapes,
-)
-from sequential_optimizer.layout import (
+from sequential_optimizer._saving import (
     CheckpointedLayout,
     Layout,
+    Notes,
     Shapes,
     check_arrays,
     not_saved_from_one,
     read_own,
     write_own,
 )
-from sequential_optimizer.notes import Notes
-from sequential_optimizer.requirements import check_keras
-from sequential_optimizer.snapshots import are_initialized, find_snapshots
-from sequential_optimizer.switching import switch_case
+from sequential_optimizer._switch_case import switch_case
+from sequential_optimizer._weight_copies import are_initialized, find_snapshots
 
 check_keras()
 

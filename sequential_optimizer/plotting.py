@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sequential_optimizer.callbacks import names_of_phases
+from sequential_optimizer._find_sequence import names_of_phases
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sequential_optimizer import SequentialOptimizer
-from sequential_optimizer.boundaries import Phases, check_boundaries
+from sequential_optimizer._phases import Phases, check_boundaries
 from tests.reference import make_gradients, make_variables
 
 

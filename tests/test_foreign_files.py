@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from sequential_optimizer import SequentialOptimizer, layout
+from sequential_optimizer import SequentialOptimizer, _saving
 from tests.reference import assert_same, weights_of
 from tests.saving_tools import (
     BOUNDARY,
@@ -257,7 +257,7 @@ def test_file_of_another_model_is_refused(tmp_path, name):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_another_version_of_the_layout_is_refused(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(layout, "_VERSION", 2)
+    monkeypatch.setattr(_saving, "_VERSION", 2)
     FORMATS[name].save(trained(), tmp_path)
     monkeypatch.undo()
     assert_refused(name, trained(calls=2), tmp_path, r"\(version 1\)", readable=True)

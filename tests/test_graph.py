@@ -6,7 +6,7 @@ import tensorflow as tf
 
 import sequential_optimizer
 from sequential_optimizer import SequentialOptimizer
-from sequential_optimizer.switching import PROPAGATE_CONSTANTS
+from sequential_optimizer._switch_case import PROPAGATE_CONSTANTS
 from tests.reference import make_gradients, make_variables
 
 CASES = ("Case", "StatelessCase")

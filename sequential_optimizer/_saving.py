@@ -6,9 +6,12 @@ when the children have changed in between: state would silently go to the wrong
 child. So every file carries the layout that it was written with.
 """
 
+import io
 import json
 import re
 import warnings
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -330,3 +333,45 @@ class CheckpointedLayout(tf.train.experimental.PythonState):
         except ValueError:
             self.refused = True
             raise
+
+
+class Notes(tf.train.experimental.PythonState):
+    """Named arrays, saved with the optimizer that holds them.
+
+    `arrays` is a dict from names to NumPy arrays of NumPy's own dtypes.
+    """
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def serialize(self) -> bytes:
+        buffer = io.BytesIO()
+        np.savez(buffer, **self.arrays)  # type: ignore[arg-type]
+        return buffer.getvalue()
+
+    def deserialize(self, string_value: Any) -> None:
+        self.arrays = _read(string_value)
+
+    def write(self, store: Any) -> None:
+        """Writes the arrays, if there are any, into a Keras file."""
+        if self.arrays:
+            store["notes"] = np.frombuffer(self.serialize(), np.uint8)
+
+    @staticmethod
+    def in_store(store: Any) -> dict[str, np.ndarray]:
+        """Returns what `write` wrote."""
+        if "notes" in store.keys():  # noqa: SIM118  (a store is not quite a dict)
+            return _read(np.asarray(store["notes"]).tobytes())
+        return {}
+
+
+def _read(serialized: bytes) -> dict[str, np.ndarray]:
+    try:
+        with np.load(io.BytesIO(serialized), allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            "What callbacks noted in a saved `SequentialOptimizer` must be arrays in "
+            f"NumPy's npz format. Received: {serialized[:50]!r}. The file is damaged: "
+            "load an earlier one."
+        ) from error

@@ -1,16 +1,22 @@
-"""Keras callbacks: switch when a metric stalls, and see that it happened."""
+"""Ends a phase when a metric stalls."""
 
 import itertools
 import math
 import re
 import warnings
 from dataclasses import astuple, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import numpy as np
 
-from sequential_optimizer.optimizer import SequentialOptimizer
+from sequential_optimizer._find_sequence import (
+    Watch,
+    count,
+    find_sequence,
+    phase_of_last_update,
+    print_line,
+)
 
 # Words in the names of metrics that say which way is better. The lower ones count
 # first: `accuracy_loss` is a loss.
@@ -18,127 +24,6 @@ _LOWER = "loss|error|crossentropy|divergence|perplexity|mse|rmse|mae|mape|msle"
 _HIGHER = "acc|accuracy|auc|precision|recall|f1|fbeta|io_?u|similarity|r2"
 
 Logs = dict[str, Any] | None
-
-
-def find_sequence(optimizer: Any, callback: keras.callbacks.Callback) -> Any:
-    """Returns the SequentialOptimizer that `optimizer` is or wraps.
-
-    Args:
-        optimizer: the optimizer of a compiled model.
-        callback: the callback that needs it, for the error.
-
-    Raises:
-        ValueError: if there is none, or more than one.
-    """
-    found = _sequences_in(optimizer)
-    if len(found) != 1:
-        raise ValueError(
-            f"`{type(callback).__name__}` needs a model whose optimizer is or wraps "
-            f"one `SequentialOptimizer`. Received: {optimizer!r}, with {len(found)} "
-            "of them. Compile the model with "
-            "`optimizer=SequentialOptimizer([...], boundaries=[...])`."
-        )
-    return found[0]
-
-
-def names_of_phases(optimizer: Any) -> list[str]:
-    """Returns the names of the children, phase by phase; none for other optimizers."""
-    found = _sequences_in(optimizer)
-    if len(found) != 1:
-        return []
-    phases = range(found[0]._phases.last + 1)
-    return [_child_of(found[0], phase).name for phase in phases]
-
-
-def _sequences_in(optimizer: Any) -> list[SequentialOptimizer]:
-    if isinstance(optimizer, SequentialOptimizer):
-        return [optimizer]
-    if hasattr(optimizer, "inner_optimizer"):
-        return _sequences_in(optimizer.inner_optimizer)
-    inner = getattr(optimizer, "optimizers", [])
-    return [found for one in inner for found in _sequences_in(one)]
-
-
-def _child_of(sequence: SequentialOptimizer, phase: int) -> Any:
-    return sequence.children[sequence._phases.children[phase]]
-
-
-def _phase_of_last_update(sequence: SequentialOptimizer) -> int:
-    phase = _count(sequence._last_phase)
-    # There is none before the first update, nor if that phase has been dropped.
-    return phase if 0 <= phase <= sequence._phases.last else int(sequence.phase)
-
-
-def _count(counter: keras.Variable) -> int:
-    # Keras' variables that are mirrored on several devices have no `__int__`.
-    return int(counter.numpy())
-
-
-class _Switch(NamedTuple):
-    iteration: int  # updates made before it
-    before: int  # phases
-    after: int
-
-
-class _Watch:
-    """Finds the switches between updates that were made while nobody looked.
-
-    Which updates those were follows from the counters of the children: each counts
-    its own. As long as the phase stays, looking reads one scalar.
-    """
-
-    def __init__(self, sequence: SequentialOptimizer) -> None:
-        self._sequence = sequence
-        self._note()
-
-    def _note(self) -> None:
-        self._phase = _phase_of_last_update(self._sequence)
-        self._iteration = _count(self._sequence.iterations)
-        self._made = [_count(child._iterations) for child in self._sequence.children]
-
-    def switches(self) -> list[_Switch]:
-        """Returns the switches since the last call, in their order."""
-        first, last = self._phase, _phase_of_last_update(self._sequence)
-        if first == last:
-            return []
-        iteration, made_before = self._iteration, self._made
-        self._note()
-        left = [now - then for now, then in zip(self._made, made_before, strict=True)]
-        if last < first:  # the boundaries of a resumed run were raised
-            return [_Switch(iteration, first, last)]
-        found = []
-        for phase in range(first, last):
-            updates = self._updates_in(phase, last, iteration, left)
-            left[self._sequence._phases.children[phase]] -= updates
-            iteration += updates
-            found.append(_Switch(iteration, phase, phase + 1))
-        return found
-
-    def _updates_in(
-        self, phase: int, last: int, iteration: int, left: list[int]
-    ) -> int:
-        """Returns how many updates `phase`, begun at `iteration`, made.
-
-        If the child came back since, this is the largest number it can be: exact if
-        the phase ended at its boundary, or if there was one update since the last
-        look.
-        """
-        phases = self._sequence._phases
-        child, boundary = phases.children[phase], phases.boundaries[phase]
-        updates = left[child]
-        if child not in phases.children[phase + 1 : last + 1]:
-            return updates
-        if child == phases.children[last]:
-            updates -= 1  # Its last phase made an update, or it would not be the last.
-        if boundary is not None:
-            updates = min(updates, boundary - iteration)
-        return max(updates, 0)
-
-
-def _print_line(callback: keras.callbacks.Callback, line: str) -> None:
-    """Prints a line, below the progress bar if there is one."""
-    has_bar = (callback.params or {}).get("verbose") in (1, "auto")
-    print("\n" * has_bar + line)
 
 
 @dataclass
@@ -241,7 +126,7 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         """Starts anew. Keras calls it before any callback restores a backup."""
         super().set_model(model)
         self._sequence = find_sequence(model.optimizer, self)
-        self._watch: _Watch | None = None
+        self._watch: Watch | None = None
         self._warned = False
         phase = int(self._sequence.phase)
         if phase == self._sequence._phases.last:
@@ -255,7 +140,7 @@ class SwitchOnPlateau(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         """Warns if a resumed run has lost what this callback saw."""
         # Only now has every callback restored what it restores.
-        self._watch = self._watch or _Watch(self._sequence)
+        self._watch = self._watch or Watch(self._sequence)
         plateau = self._read()
         if plateau.next_epoch not in (-1, epoch):
             warnings.warn(
@@ -279,7 +164,7 @@ class SwitchOnPlateau(keras.callbacks.Callback):
             if switches and switches[-1].after == phase:
                 plateau.started = switches[-1].iteration
         # If they differ, the whole epoch belongs to a phase that has ended already.
-        is_of_phase = phase == _phase_of_last_update(self._sequence)
+        is_of_phase = phase == phase_of_last_update(self._sequence)
         is_last = phase == self._sequence._phases.last
         if is_of_phase and not is_last and self._is_stalled(logs or {}, plateau):
             self._switch(epoch, plateau)
@@ -309,7 +194,7 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         if in_cooldown:
             return False
         plateau.wait += 1
-        updates = _count(self._sequence.iterations) - plateau.started
+        updates = count(self._sequence.iterations) - plateau.started
         return plateau.wait >= self.patience and updates >= self.min_iterations
 
     def _switch(self, epoch: int, plateau: _Plateau) -> None:
@@ -321,7 +206,7 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         self._sequence.advance()
         if self.verbose:
             after = self._sequence.active_child().name
-            _print_line(
+            print_line(
                 self,
                 f"epoch {epoch + 1}: {before} -> {after}, after {int(plateau.wait)} "
                 f"without a better {self.monitor} than {plateau.best:g}",
@@ -333,7 +218,7 @@ class SwitchOnPlateau(keras.callbacks.Callback):
             del self._sequence._notes.arrays[key]
         return _Plateau(
             phase=phase,
-            started=_count(self._sequence.iterations),
+            started=count(self._sequence.iterations),
             best=-self._sign * math.inf,
             next_epoch=next_epoch,
             cooldown=cooldown,
@@ -371,86 +256,6 @@ class SwitchOnPlateau(keras.callbacks.Callback):
             # NumPy cannot write bfloat16, which float32 holds exactly.
             native = weight if weight.dtype.kind != "V" else weight.astype(np.float32)
             self._sequence._notes.arrays[f"{self._key}/weight/{i}"] = native
-
-
-class PhaseLogger(keras.callbacks.Callback):
-    """Puts the phase and the learning rate into the logs, and prints each switch.
-
-    The logs of an epoch get `phase`, the phase that its last update ran in, and
-    `learning_rate`, that of the child which made it. So `History`, the progress bar,
-    `CSVLogger` and `TensorBoard` show them; put `PhaseLogger` before the last two in
-    the list of callbacks. At each switch it prints a line such as
-    `iteration 1200: adam -> sgd`: the first 1200 updates are adam's. It does so after
-    the next update, also if that was one of several in a call of the train function
-    (`steps_per_execution`). Only if `advance()` ended a phase, and its child came
-    back, within one such call, the true iteration may be lower than the printed one.
-
-    Example:
-
-    >>> import keras
-    >>> import numpy as np
-    >>> from sequential_optimizer import PhaseLogger, SequentialOptimizer
-    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
-    >>> model.compile(SequentialOptimizer(["adam", "lion"], [2]), loss="mse")
-    >>> x = np.ones((8, 1))
-    >>> history = model.fit(x, x, epochs=3, verbose=0, callbacks=[PhaseLogger()])
-    iteration 2: adam -> lion
-    >>> history.history["phase"]
-    [0, 0, 1]
-
-    Args:
-        per_batch: bool, whether the logs of each batch get the two as well. Defaults
-            to `False`.
-        verbose: 1 (the default) to print a line at each switch, 0 for silence.
-
-    Raises:
-        ValueError: when `fit` begins, if the model's optimizer is or wraps no
-            SequentialOptimizer.
-    """
-
-    def __init__(self, per_batch: bool = False, verbose: int = 1) -> None:
-        super().__init__()
-        self.per_batch = per_batch
-        self.verbose = verbose
-
-    def set_model(self, model: keras.Model) -> None:
-        """Finds the sequence of the model's optimizer."""
-        super().set_model(model)
-        self._sequence = find_sequence(model.optimizer, self)
-        self._watch: _Watch | None = None
-
-    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
-        """Notes where the run begins, after every callback that restores one."""
-        self._watch = self._watch or _Watch(self._sequence)
-
-    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
-        """Prints the switches in the batch, or in the steps executed with it."""
-        self._print_switches()
-        if self.per_batch and logs is not None:
-            logs.update(self._values())
-
-    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
-        """Adds to the logs of the epoch."""
-        # Keras drops the end of a batch when the data ends inside of its steps.
-        self._print_switches()
-        if logs is not None:
-            logs.update(self._values())
-
-    def _print_switches(self) -> None:
-        if not self.verbose or self._watch is None:
-            return
-        for iteration, *phases in self._watch.switches():
-            before, after = (_child_of(self._sequence, phase).name for phase in phases)
-            _print_line(self, f"iteration {iteration}: {before} -> {after}")
-
-    def _values(self) -> dict[str, float]:
-        phase = _phase_of_last_update(self._sequence)
-        values: dict[str, float] = {"phase": phase}
-        child = _child_of(self._sequence, phase)
-        if hasattr(child, "learning_rate"):  # a MultiOptimizer has several
-            rate = keras.ops.convert_to_numpy(child.learning_rate)
-            values["learning_rate"] = float(rate)
-        return values
 
 
 def _sign(mode: str, monitor: str) -> int:
