@@ -7,6 +7,8 @@ from typing import Any
 
 import keras
 
+from sequential_optimizer._keras import trained_variables
+
 # Part of an update rule, so each child has its own.
 CHILD_SETTINGS = {
     "clipnorm",
@@ -78,7 +80,7 @@ def _no_optimizer(identifier: Any) -> ValueError:
     )
 
 
-def check_config(config: Any) -> tuple[list[Any], list[int]]:
+def parse_config(config: Any) -> tuple[list[Any], list[int]]:
     """Returns what a config says of the children, or raises.
 
     Args:
@@ -97,18 +99,19 @@ def check_config(config: Any) -> tuple[list[Any], list[int]]:
             f"each child. Received: {config!r:.200}. Pass what `get_config` returned."
         )
     indices = list(range(len(children)))
-    phases = config.get("phases", indices)
+    child_of_phase = config.get("child_of_phase", indices)
     if (
-        not isinstance(phases, list | tuple)
-        or not all(isinstance(i, int) and not isinstance(i, bool) for i in phases)
-        or set(phases) != set(indices)
+        not isinstance(child_of_phase, list | tuple)
+        or not all(type(i) is int for i in child_of_phase)
+        or set(child_of_phase) != set(indices)
     ):
         raise ValueError(
-            "`phases` in a config must be a list with the index of a child for each "
-            f"phase, and name every child. Received: phases={phases!r:.200} for "
-            f"{len(children)} children. Pass what `get_config` returned."
+            "`child_of_phase` in a config must be a list with the index of a child for "
+            "each phase, and name every child. Received: "
+            f"child_of_phase={child_of_phase!r:.200} for {len(children)} children. "
+            "Pass what `get_config` returned."
         )
-    return list(children), list(phases)
+    return list(children), list(child_of_phase)
 
 
 def distinct(
@@ -172,7 +175,7 @@ def check_built_on(
     """
     keys = {key(variable) for variable in variables}
     for child in children:
-        child_keys = {key(variable) for variable in child._trainable_variables}
+        child_keys = {key(variable) for variable in trained_variables(child)}
         if child.built and child_keys != keys:
             raise ValueError(
                 "A child in `optimizers` that is already built must have been built "

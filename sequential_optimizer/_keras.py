@@ -1,8 +1,16 @@
-"""Refuses at import what SequentialOptimizer could only fail on later."""
+"""The supported versions, and every private name of Keras and TensorFlow.
+
+A new version of either should need changes in this file only. Each function stands
+for one thing that has no public name; `test_private_name_is_still_there` fails and
+names it when a version no longer has it. Two hooks of TensorFlow can only be methods of
+the class: `_trackable_children` and `_lookup_dependency` of `SequentialOptimizer`.
+"""
 
 import os
+from typing import Any
 
 import keras
+import tensorflow as tf
 
 _OLDEST_KERAS = (3, 5)
 
@@ -29,3 +37,85 @@ def check_keras() -> None:
             f"Received: the backend {keras.config.backend()!r}. "
             "Set KERAS_BACKEND=tensorflow before you import Keras."
         )
+
+
+# --- the base class of optimizers --------------------------------------------
+
+
+def own_variables(optimizer: Any) -> list[keras.Variable]:
+    """The variables that a plain optimizer saves; a subclass may list more."""
+    return list(optimizer._variables)
+
+
+def trained_variables(optimizer: Any) -> list[Any]:
+    """The variables that an optimizer was built on."""
+    return list(optimizer._trainable_variables)
+
+
+def call_count(optimizer: Any) -> keras.Variable:
+    """Counts calls of `apply`, of which `iterations` may make a window of several."""
+    return optimizer._iterations
+
+
+def key_of(optimizer: Any, variable: Any) -> Any:
+    """The same for a variable, its wrapper, and its copies in replicas."""
+    return optimizer._var_key(variable)
+
+
+def is_trained(optimizer: Any, variable: Any) -> bool:
+    """Whether an optimizer was built on this variable, among others."""
+    return key_of(optimizer, variable) in optimizer._trainable_variables_indices
+
+
+def accumulator_of(optimizer: Any, variable: Any) -> keras.Variable:
+    """Where the gradients of a variable are added up."""
+    index = optimizer._get_variable_index(variable)
+    return optimizer._accumulated_gradients[index]
+
+
+def accumulators(optimizer: Any) -> list[keras.Variable]:
+    """Those of all variables."""
+    return list(optimizer._accumulated_gradients)
+
+
+def moving_averages(optimizer: Any) -> list[keras.Variable | None]:
+    """The average of each variable that is trained, or nothing without `use_ema`."""
+    return list(getattr(optimizer, "_model_variables_moving_average", ()))
+
+
+def update_averages(optimizer: Any) -> None:
+    """Moves the averages towards the weights."""
+    optimizer._update_model_variables_moving_average(trained_variables(optimizer))
+
+
+def overwrite_with_averages(optimizer: Any) -> None:
+    """Sets the weights to their averages."""
+    optimizer._overwrite_model_variables_with_average_value(
+        trained_variables(optimizer)
+    )
+
+
+# --- saved files -------------------------------------------------------------
+
+
+def stored_shape(store: Any, key: str) -> tuple[int, ...] | None:
+    """Shape of an array in a Keras file, which is not read for it.
+
+    `None` if only reading can tell: in the later parts of a file in shards.
+    """
+    for group_name in ("_h5_entry_group", "group"):  # the latter before Keras 3.9
+        store = getattr(store, group_name, store)
+    if key not in store:
+        return None
+    return tuple(store[key].shape)
+
+
+# --- operations of TensorFlow ------------------------------------------------
+
+# See _switch_case.py.
+PROPAGATE_CONSTANTS = "_xla_propagate_compile_time_consts"
+
+
+def stop_propagating_constants(operation: tf.Operation) -> None:
+    """Tells XLA not to look for compile-time constants among the inputs."""
+    operation._set_attr(PROPAGATE_CONSTANTS, tf.compat.v1.AttrValue(b=False))

@@ -4,7 +4,7 @@ Pure functions of (boundaries, ended phases, iterations): no optimizer in here,
 so the rule can be read, and tested, on its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,12 @@ class Phases:
         boundaries: tuple with one entry fewer than there are phases. An `int` is
             the number of updates after which the next phase starts, `None` a
             phase that lasts until `advance()` ends it. Every `None` comes after
-            every `int` (`check_boundaries` sees to that).
-        children: tuple of `int`, for each phase the index of its child.
+            every `int` (`parse_boundaries` sees to that).
+        child_of_phase: tuple of `int`, for each phase the index of its child.
     """
 
     boundaries: tuple[int | None, ...]
-    children: tuple[int, ...]
+    child_of_phase: tuple[int, ...]
 
     @property
     def last(self) -> int:
@@ -57,12 +57,65 @@ class Phases:
 
     def child(self, phase: tf.Tensor) -> tf.Tensor:
         """Returns the index of the child of `phase`, a scalar int32 tensor."""
-        if self.children == tuple(range(self.last + 1)):
+        if self.child_of_phase == tuple(range(self.last + 1)):
             return phase
-        return tf.gather(tf.constant(self.children, tf.int32), phase)
+        return tf.gather(tf.constant(self.child_of_phase, tf.int32), phase)
+
+    def starts_after(self, starts: Any, phase: tf.Tensor, iterations: Any) -> tf.Tensor:
+        """Returns for each phase the iteration of its first update, or -1.
+
+        Args:
+            starts: int64 tensor with an entry per phase, as it was before an update.
+            phase: scalar int32 tensor, the phase that made this update.
+            iterations: scalar int64 tensor, the number of updates before it.
+        """
+        index = tf.range(self.last + 1)
+        begins = tf.logical_and(tf.equal(index, phase), tf.less(starts, 0))
+        starts = tf.where(begins, tf.cast(iterations, tf.int64), starts)
+        # Phases above this one ran before the boundaries of a resumed run were raised.
+        return tf.where(index > phase, tf.constant(-1, tf.int64), starts)
 
 
-def check_boundaries(boundaries: Any, num_phases: int) -> tuple[int | None, ...]:
+@dataclass(frozen=True)
+class Switch:
+    """A change of phase: the first `iteration` updates were made before it."""
+
+    iteration: int
+    before: int  # phases
+    after: int
+
+
+def last_started(starts: Iterable[int]) -> int | None:
+    """Returns the last phase that has made an update, `None` if none has."""
+    started = [phase for phase, start in enumerate(starts) if start >= 0]
+    return started[-1] if started else None
+
+
+def switches_between(
+    before: Iterable[int], now: Iterable[int], iterations_before: int
+) -> list[Switch]:
+    """Returns the switches between two looks at `phase_starts`, in their order.
+
+    Args:
+        before: `phase_starts` at the first look.
+        now: `phase_starts` at the second look.
+        iterations_before: the number of updates at the first look.
+    """
+    last, end = last_started(before), last_started(now)
+    if last is not None and end is not None and end < last:
+        # A resumed run whose boundaries were raised.
+        return [Switch(iterations_before, last, end)]
+    switches = []
+    for phase, start in enumerate(now):
+        if start < 0 or (last is not None and phase <= last):
+            continue
+        if last is not None:
+            switches.append(Switch(int(start), last, phase))
+        last = phase
+    return switches
+
+
+def parse_boundaries(boundaries: Any, num_phases: int) -> tuple[int | None, ...]:
     """Returns `boundaries` as a tuple of `int` and `None`, or raises.
 
     Args:

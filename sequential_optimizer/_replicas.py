@@ -21,8 +21,8 @@ def check_accumulation(steps: int | None) -> None:
             "`gradient_accumulation_steps` must be `None` under a strategy that may "
             "have several replicas or workers, because what each of them has "
             "accumulated would be lost when the optimizer is saved. "
-            f"Received: gradient_accumulation_steps={steps} {_here()}. Use a larger "
-            "batch, or a strategy of one device."
+            f"Received: gradient_accumulation_steps={steps} {_strategy_in_words()}. "
+            "Use a larger batch, or a strategy of one device."
         )
 
 
@@ -38,8 +38,8 @@ def check_strategy(name: str, variables: Iterable[Any]) -> None:
         raise ValueError(
             "A `SequentialOptimizer` and its children must be created and built under "
             f"the strategy that they run in. Received: `{name}`, created elsewhere, "
-            f"{_here()}. Create the model and all optimizers, and build them, inside "
-            "of `with strategy.scope():`."
+            f"{_strategy_in_words()}. Create the model and all optimizers, and build "
+            "them, inside of `with strategy.scope():`."
         )
 
 
@@ -48,18 +48,18 @@ def check_in_replica() -> None:
     if tf.distribute.in_cross_replica_context():
         raise ValueError(
             "`apply` must be called in each replica. Received: a call in cross-replica "
-            f"context {_here()}. Call it in the function that you pass to "
+            f"context {_strategy_in_words()}. Call it in the function that you pass to "
             "`strategy.run(...)`."
         )
 
 
-def _here() -> str:
+def _strategy_in_words() -> str:
     if not tf.distribute.has_strategy():
         return "without a strategy"
     return f"under `{type(tf.distribute.get_strategy()).__name__}`"
 
 
-def once_for_all(function: Callable[..., None], *args: Any) -> None:
+def once_across_replicas(function: Callable[..., None], *args: Any) -> None:
     """Calls `function` once for all replicas, from each of which this is called.
 
     Args:
@@ -96,7 +96,7 @@ def once_for_all(function: Callable[..., None], *args: Any) -> None:
 
 
 def for_each_replica(function: Callable[..., None], *args: Any) -> None:
-    """Calls `function` in each replica, inside of what `once_for_all` called."""
+    """Calls `function` in each replica; called by `once_across_replicas`."""
     if not tf.distribute.has_strategy():
         function(*args)
         return

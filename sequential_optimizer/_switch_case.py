@@ -5,21 +5,21 @@ from typing import Any
 
 import tensorflow as tf
 
-# TensorFlow sets this attribute on a Case op created anywhere inside an XLA
-# function. XLA then asks of every input of the Case, every gradient of the model
-# among them, whether it is a compile-time constant, and answers by evaluating the
-# whole forward and backward pass in its reference interpreter: minutes for a
-# transformer, where the compilation proper takes seconds. No branch of ours needs
-# a constant from outside, so the question need not be asked.
-PROPAGATE_CONSTANTS = "_xla_propagate_compile_time_consts"
+from sequential_optimizer._keras import stop_propagating_constants
 
 
 def switch_case(index: tf.Tensor, branches: Sequence[Callable[[], Any]]) -> Any:
     """Runs `branches[index]()`, inside the graph if there is one.
 
-    As `tf.switch_case`, except that one branch alone needs no switch and that the
-    Case op does not carry the attribute `PROPAGATE_CONSTANTS`. `branches` must not
-    need the value of an outer tensor at compile time (as a shape, say).
+    As `tf.switch_case`, except that one branch alone needs no switch, and that
+    `branches` must not need the value of an outer tensor at compile time (as a shape,
+    say).
+
+    TensorFlow marks a Case op that is created anywhere inside an XLA function. XLA
+    then asks of every input of the Case, every gradient of the model among them,
+    whether it is a compile-time constant, and answers by evaluating the whole forward
+    and backward pass in its reference interpreter: minutes for a transformer, where
+    the compilation proper takes seconds. So the mark is taken off again.
 
     Args:
         index: scalar int32 tensor, 0 <= index < len(branches).
@@ -38,9 +38,9 @@ def switch_case(index: tf.Tensor, branches: Sequence[Callable[[], Any]]) -> Any:
     outputs = tf.switch_case(index, list(branches))
     for operation in graph.get_operations()[operations_before:]:
         if operation.type in ("Case", "StatelessCase"):
-            # Private, but the only way that also works when the switch sits inside
-            # another functional op: leaving the XLA context with
+            # The only way that also works when the switch sits inside another
+            # functional op: leaving the XLA context with
             # `tf.control_dependencies(None)` does not, because TensorFlow looks at
             # the enclosing graphs as well.
-            operation._set_attr(PROPAGATE_CONSTANTS, tf.compat.v1.AttrValue(b=False))
+            stop_propagating_constants(operation)
     return outputs

@@ -13,11 +13,11 @@ import tensorflow as tf
 from sequential_optimizer._children import (
     CHILD_SETTINGS,
     check_built_on,
-    check_config,
     check_names_differ,
     check_settings,
     distinct,
     get_children,
+    parse_config,
 )
 from sequential_optimizer._gradients import (
     add_to,
@@ -25,8 +25,19 @@ from sequential_optimizer._gradients import (
     divide,
     with_constant_shapes,
 )
-from sequential_optimizer._keras import check_keras
-from sequential_optimizer._phases import Phases, check_boundaries
+from sequential_optimizer._keras import (
+    accumulator_of,
+    accumulators,
+    call_count,
+    check_keras,
+    is_trained,
+    key_of,
+    overwrite_with_averages,
+    own_variables,
+    trained_variables,
+    update_averages,
+)
+from sequential_optimizer._phases import Phases, parse_boundaries
 from sequential_optimizer._replicas import (
     check_accumulation,
     check_in_replica,
@@ -34,28 +45,16 @@ from sequential_optimizer._replicas import (
     for_each_replica,
     has_several_workers,
     largest_of_workers,
-    once_for_all,
+    once_across_replicas,
 )
-from sequential_optimizer._saving import (
-    CheckpointedLayout,
-    Layout,
-    Notes,
-    Shapes,
-    check_arrays,
-    not_saved_from_one,
-    read_own,
-    write_own,
-)
+from sequential_optimizer._saving import STATE, Commit, SavedState, check_values
 from sequential_optimizer._switch_case import switch_case
 from sequential_optimizer._weight_copies import are_initialized, find_snapshots
 
 check_keras()
 
 # AutoGraph leaves the code of Keras as it is, and would otherwise rewrite ours.
-_as_written = tf.autograph.experimental.do_not_convert
-
-# Attributes that the base class makes in `build()`.
-_MADE_BY_BUILD = ("_model_variables_moving_average", "_accumulated_gradients")
+_not_autographed = tf.autograph.experimental.do_not_convert
 
 
 def _learning_rate_of_children() -> float:
@@ -164,7 +163,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         check_accumulation(gradient_accumulation_steps)
         children, child_of_phase = distinct(get_children(optimizers))
         phases = Phases(
-            check_boundaries(boundaries, len(child_of_phase)), child_of_phase
+            parse_boundaries(boundaries, len(child_of_phase)), child_of_phase
         )
         super().__init__(
             learning_rate=_learning_rate_of_children,
@@ -177,19 +176,27 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             **{key: kwargs[key] for key in kwargs.keys() - CHILD_SETTINGS},
         )
         check_names_differ(self.name, children)
-        # The one attribute that leads to the children: saving follows every one that
-        # does and takes its name for a path, and callbacks take an optimizer with an
-        # attribute `optimizers` for a MultiOptimizer.
-        self.children = children
+        # Keep exactly one attribute that reaches the children, and no `optimizers`:
+        # Keras' callbacks treat any optimizer that has it as a MultiOptimizer.
+        self.children = tuple(children)
         self._phases = phases
         # The lowest phase that may run: `advance()` ended those below it.
         self._min_phase = self._add_counter("min_phase")
-        # The phase of the last update, which differs from `phase` at a switch; -1 if
-        # there was none, or the phases have changed since.
-        self._last_phase = self._add_counter("last_phase", -1)
-        self._layout = CheckpointedLayout(self._get_layout)
-        self._notes = Notes()
-        self._refused_file = False
+        # The child that made the last update, -1 before the first.
+        self._last_child = self._add_counter("last_child", -1)
+        with keras.name_scope(self.name):
+            starts = keras.Variable(
+                np.full(len(child_of_phase), -1),
+                dtype="int64",
+                trainable=False,
+                aggregation="only_first_replica",
+                name="phase_starts",
+            )
+        # Nothing tracks it, because its length may differ from that in a checkpoint:
+        # it is saved with the Python state.
+        object.__setattr__(self, "_phase_starts", starts)
+        self._saved_state = SavedState(self)
+        self._commit = Commit(self._saved_state)
 
     def _add_counter(self, name: str, value: int = 0) -> keras.Variable:
         # Also tracks it: as an attribute alone it would not be among `variables`, nor
@@ -197,7 +204,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         return self.add_variable(
             shape=(),
             initializer=keras.initializers.Constant(value),
-            dtype=self._iterations.dtype,
+            dtype=call_count(self).dtype,
             aggregation="only_first_replica",
             name=name,
         )
@@ -215,13 +222,42 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     # --- look ----------------------------------------------------------------
 
     @property
-    @_as_written
+    @_not_autographed
     def phase(self) -> tf.Tensor:
         """The phase that the next update runs in: a scalar int32 tensor.
 
         An index into the `optimizers` that were passed, in eager and in graph code.
         """
         return self._phases.phase(self.iterations, self._min_phase)
+
+    @property
+    def boundaries(self) -> tuple[int | None, ...]:
+        """The boundaries that were passed."""
+        return self._phases.boundaries
+
+    @property
+    def child_of_phase(self) -> tuple[int, ...]:
+        """For each phase the index of its child in `children`."""
+        return self._phases.child_of_phase
+
+    @property
+    def phase_starts(self) -> np.ndarray:
+        """For each phase the iteration of its first update, -1 if it made none.
+
+        An int64 array, outside of graphs. Iterations count from 0, so the first `n`
+        updates were made before a phase that started at `n`.
+        """
+        return self._phase_starts.numpy()
+
+    @property
+    def notes(self) -> dict[str, np.ndarray]:
+        """What callbacks keep in the saved state: named arrays of NumPy's own dtypes.
+
+        A callback has no place of its own in a checkpoint. Loading sets the notes that
+        there are, if the file has them with the same dtype and shape, and drops the
+        others; so a callback makes its notes in `set_model`.
+        """
+        return self._saved_state.notes
 
     def active_child(self) -> keras.optimizers.Optimizer:
         """Returns the child of the current phase, outside of graphs.
@@ -237,7 +273,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             )
         return self.children[int(self._phases.child(self.phase))]
 
-    @_as_written
+    @_not_autographed
     def advance(self) -> tf.Tensor:
         """Ends the current phase at the current iteration.
 
@@ -258,7 +294,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                 replicas, which would have to decide alike.
         """
         new_phase = tf.minimum(self.phase + 1, self._phases.last)
-        once_for_all(self._end_phase)
+        once_across_replicas(self._end_phase)
         return new_phase
 
     def _end_phase(self) -> None:
@@ -268,7 +304,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         self.assign(self._min_phase, tf.where(is_last, self._min_phase, new_phase))
 
     @property
-    @_as_written
+    @_not_autographed
     def learning_rate(self) -> Any:
         """The learning rate of the current phase's child.
 
@@ -285,7 +321,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         )
 
     @learning_rate.setter
-    @_as_written
+    @_not_autographed
     def learning_rate(self, learning_rate: Any) -> None:
         if tf.executing_eagerly():
             self.active_child().learning_rate = learning_rate
@@ -297,10 +333,10 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                 "Set a schedule outside of the graph, on the child itself."
             )
 
-        once_for_all(self._set_learning_rate, learning_rate)
+        once_across_replicas(self._set_learning_rate, learning_rate)
 
     def _set_learning_rate(self, learning_rate: Any) -> None:
-        @_as_written
+        @_not_autographed
         def set_on_child(i: int, learning_rate: Any) -> None:
             self.children[i].learning_rate = learning_rate
 
@@ -311,7 +347,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     @property
     def variables(self) -> list[keras.Variable]:
         """The optimizer's own variables, then those of each child."""
-        variables = self._variables[:]
+        variables = [*own_variables(self), self._phase_starts]
         for child in self.children:
             variables.extend(child.variables)
         return variables
@@ -335,7 +371,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         for child in self.children:
             child.exclude_from_weight_decay(var_list=var_list, var_names=var_names)
 
-    @_as_written
+    @_not_autographed
     def build(self, variables: Iterable[Any]) -> None:
         """Creates the variables of the optimizer and of every child.
 
@@ -348,17 +384,12 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                 strategy, or if the optimizer refused a checkpoint that was restored
                 before.
         """
+        self._saved_state.check_not_refused()
         if self.built:
             return
-        if self._layout.refused:
-            raise ValueError(
-                "The optimizer must not be built after it refused a checkpoint, which "
-                "TensorFlow would still load into its new variables. "
-                f"Received: `{self.name}`. Create a new optimizer."
-            )
         variables = list(variables)
         self._check_strategy()
-        check_built_on(variables, self.children, self._var_key)
+        check_built_on(variables, self.children, functools.partial(key_of, self))
         # Keras may call this while it traces the train step, and even while it traces
         # the model for the first time. Then the weights have no values yet, which a
         # child that copies them in `build` can only take in the graph.
@@ -373,10 +404,11 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             self._snapshots = tuple(
                 find_snapshots(child, variables) for child in self.children
             )
+            self._saved_state.after_build()
 
     # --- apply ---------------------------------------------------------------
 
-    @_as_written
+    @_not_autographed
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> tf.Tensor:
         """Applies pairs (gradient, variable); see `apply`. Returns `iterations`."""
         grads_and_vars = list(grads_and_vars)
@@ -386,7 +418,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         )
         return self.iterations
 
-    @_as_written
+    @_not_autographed
     def apply(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None
     ) -> None:
@@ -421,7 +453,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                 self._agree_on_min_phase()
             if self.loss_scale_factor is not None:
                 grads = divide(grads, self.loss_scale_factor, variables)
-            once_for_all(self._apply, grads, variables)
+            once_across_replicas(self._apply, grads, variables)
 
     def _agree_on_min_phase(self) -> None:
         """Ends a phase that any worker has ended, for all of them."""
@@ -440,10 +472,10 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             self._update_averages()
         # One operation: `Variable.assign_add` of Keras reads and writes, and under
         # an asynchronous parameter server loses updates in between.
-        self.assign_add(self._iterations, 1)
+        self.assign_add(call_count(self), 1)
 
     def _check_strategy(self) -> None:
-        check_strategy(self.name, [one._iterations for one in [self, *self.children]])
+        check_strategy(self.name, [call_count(one) for one in [self, *self.children]])
 
     def _variables_for(
         self, grads: list[Any], trainable_variables: Sequence[Any] | None
@@ -455,14 +487,12 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                     "optimizer is not built. Received: trainable_variables=None. "
                     "Pass the variables, or call `optimizer.build(variables)` first."
                 )
-            trainable_variables = self._trainable_variables
+            trainable_variables = trained_variables(self)
         variables = list(trainable_variables)
         check_gradients(grads, variables)
         self.build(variables)
         unknown = [
-            variable.name
-            for variable in variables
-            if self._var_key(variable) not in self._trainable_variables_indices
+            variable.name for variable in variables if not is_trained(self, variable)
         ]
         if unknown:
             raise ValueError(
@@ -475,26 +505,23 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     def _accumulate(self, grads: list[Any], variables: list[Any]) -> None:
         """Adds to the accumulators, or empties them into an update."""
         steps = self.gradient_accumulation_steps
-        accumulators = [
-            self._accumulated_gradients[self._get_variable_index(variable)]
-            for variable in variables
-        ]
+        passed = [accumulator_of(self, variable) for variable in variables]
 
         def sums() -> list[Any]:
-            return add_to(accumulators, grads, variables)
+            return add_to(passed, grads, variables)
 
         def add() -> None:
-            for accumulator, new_value in zip(accumulators, sums(), strict=True):
+            for accumulator, new_value in zip(passed, sums(), strict=True):
                 if new_value is not None:
                     self.assign(accumulator, new_value)
 
         def update() -> None:
             self._update(divide(sums(), steps, variables), variables)
             # All of them: this window ends for variables that were not passed, too.
-            for accumulator in self._accumulated_gradients:
+            for accumulator in accumulators(self):
                 self.assign(accumulator, tf.zeros_like(accumulator))
 
-        ends_window = (self._iterations + 1) % steps == 0
+        ends_window = (call_count(self) + 1) % steps == 0
         switch_case(tf.cast(ends_window, tf.int32), [add, update])
 
     def _update(self, grads: list[Any], variables: list[Any]) -> None:
@@ -506,9 +533,11 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
 
         phase = self.phase
         self._switch(phase, update_with)
-        self.assign(self._last_phase, phase)
+        self.assign(self._last_child, self._phases.child(phase))
+        starts = self._phases.starts_after(self._phase_starts, phase, self.iterations)
+        self.assign(self._phase_starts, starts)
 
-    @_as_written
+    @_not_autographed
     def _apply_child(self, i: int, grads: list[Any], variables: list[Any]) -> None:
         self.children[i].apply(with_constant_shapes(grads, variables), variables)
 
@@ -519,7 +548,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         child = self.children[i]
         slots, is_first = child.variables, tf.equal(child.iterations, 0)
         for copied, variable in self._snapshots[i]:
-            weight = self._trainable_variables[variable]
+            weight = trained_variables(self)[variable]
             child.assign(slots[copied], tf.where(is_first, weight, slots[copied]))
 
     def _switch(self, phase: tf.Tensor, branch: Callable[[int], Any]) -> Any:
@@ -530,23 +559,21 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         )
 
     def _update_averages(self) -> None:
-        self._update_model_variables_moving_average(self._trainable_variables)
+        update_averages(self)
         if not self.ema_overwrite_frequency:
             return
 
         def overwrite() -> None:
-            self._overwrite_model_variables_with_average_value(
-                self._trainable_variables
-            )
+            overwrite_with_averages(self)
             # The average of weights on, say, a sphere is not on it.
-            for variable in self._trainable_variables:
+            for variable in trained_variables(self):
                 if variable.constraint is not None:
                     self.assign(variable, variable.constraint(variable))
 
         is_due = (self.iterations + 1) % self.ema_overwrite_frequency == 0
         tf.cond(is_due, overwrite, lambda: None)
 
-    @_as_written
+    @_not_autographed
     def finalize_variable_values(self, var_list: Iterable[Any]) -> None:
         """Sets the final values of the weights, as `fit` does at its end.
 
@@ -567,27 +594,26 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             functools.partial(child.finalize_variable_values, variables)
             for child in self.children
         ]
-        branches.append(lambda: None)  # for no phase
-        phase = tf.cast(self._last_phase, tf.int32)
-        known = tf.logical_and(phase >= 0, phase <= self._phases.last)
-        child = self._phases.child(tf.where(known, phase, 0))
+        branches.append(lambda: None)  # for none, or one that was dropped since
+        child = tf.cast(self._last_child, tf.int32)
+        known = tf.logical_and(child >= 0, child < len(self.children))
         switch_case(tf.where(known, child, len(self.children)), branches)
 
     # --- save ----------------------------------------------------------------
 
     def get_config(self) -> dict[str, Any]:
-        """Returns the constructor's arguments, never the state.
+        """Returns what `from_config` creates the same optimizer from, without state.
 
-        `optimizers` holds each child once, and `phases` for each phase the index of
-        its child.
+        `optimizers` holds each child once, and `child_of_phase` for each phase the
+        index of its child.
         """
         return {
             "name": self.name,
             "optimizers": [
                 keras.saving.serialize_keras_object(child) for child in self.children
             ],
-            "phases": list(self._phases.children),
-            "boundaries": list(self._phases.boundaries),
+            "child_of_phase": list(self.child_of_phase),
+            "boundaries": list(self.boundaries),
             "use_ema": self.use_ema,
             "ema_momentum": self.ema_momentum,
             "ema_overwrite_frequency": self.ema_overwrite_frequency,
@@ -611,7 +637,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         Raises:
             ValueError: if the config is not one of a SequentialOptimizer.
         """
-        child_configs, phases = check_config(config)
+        child_configs, child_of_phase = parse_config(config)
         children = [
             # Keras edits nested configs in place.
             keras.saving.deserialize_keras_object(
@@ -619,8 +645,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             )
             for child in child_configs
         ]
-        arguments = {key: config[key] for key in config.keys() - {"phases"}}
-        arguments["optimizers"] = [children[i] for i in phases]
+        arguments = {key: config[key] for key in config.keys() - {"child_of_phase"}}
+        arguments["optimizers"] = [children[i] for i in child_of_phase]
         return cls(**arguments)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
@@ -631,7 +657,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
 
         Raises:
             ValueError: if the optimizer is not built, or if the number of arrays, a
-                shape or the dtype of a counter does not fit; nothing is set then.
+                shape or a counter does not fit; nothing is set then.
         """
         if not self.built:
             raise ValueError(
@@ -639,73 +665,45 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                 "`optimizer.build(model.trainable_variables)` first."
             )
         arrays = [np.asarray(weight) for weight in weights]
-        check_arrays("`weights`", arrays, self.variables)
+        check_values("`weights`", arrays, self.variables)
         for variable, array in zip(self.variables, arrays, strict=True):
             variable.assign(array)
 
     def save_own_variables(self, store: Any) -> None:
-        """Writes the optimizer's own variables; children write theirs themselves."""
-        self._refused_file = False
-        write_own(store, self._get_layout(), self._variables, self.built)
-        self._notes.write(store)
+        """Writes the variables of the optimizer and of its children; see `_saving`."""
+        self._saved_state.write(store)
 
     def load_own_variables(self, store: Any) -> None:
-        """Reads what `save_own_variables` wrote, or raises and sets none of them.
+        """Reads what `save_own_variables` wrote, or raises and sets nothing.
+
+        An optimizer that is not built holds what it reads until it is.
 
         Raises:
-            ValueError: if the file is not a SequentialOptimizer's, or was saved with
-                children or variables that this optimizer cannot tell apart.
+            ValueError: if the file breaks the rule of `_saving`, or is damaged.
         """
-        # Until nothing can be refused any more.
-        self._refused_file = True
-        notes = self._notes.in_store(store)
-        read_own(store, self._get_layout(), self._variables, self.built)
-        self._notes.arrays = notes
-        self._refused_file = False
+        self._saved_state.read(store)
 
     def __dir__(self) -> Iterable[str]:
-        # Keras collects errors while it loads, and goes on: by this list it finds the
-        # children, and would load their state into an optimizer that refused the file.
-        names = super().__dir__()
-        if self._refused_file:
-            return [name for name in names if name != "children"]
-        return names
+        # Keras finds by this list what else to save and load. It would load children
+        # one by one, after this optimizer, and go on when one of them does not fit.
+        return [name for name in super().__dir__() if name != "children"]
 
-    def _get_layout(self) -> Layout:
-        return Layout(
-            classes=tuple(type(child).__name__ for child in self.children),
-            names=tuple(child.name for child in self.children),
-            phases=self._phases.children,
-            use_ema=bool(self.use_ema),
-            gradient_accumulation_steps=self.gradient_accumulation_steps,
-            shapes=self._get_shapes(),
-        )
-
-    def _get_shapes(self) -> Shapes | None:
-        if not self.built:
-            return None
-        return tuple(tuple(variable.shape) for variable in self._trainable_variables)
-
-    # Private, because TensorFlow has no public place for either. test_graph.py fails
-    # when a version no longer has them.
+    # TensorFlow has no public place for these two.
 
     def _trackable_children(
         self, save_type: str = "checkpoint", **kwargs: Any
     ) -> dict[str, Any]:
         children = super()._trackable_children(save_type, **kwargs)
+        state = children.pop(STATE)
         if save_type == "savedmodel":
-            # Nobody reads them there, and TensorFlow would warn that nobody does.
-            children.pop("_layout", None)
-            children.pop("_notes", None)
-        return children
+            del children["_commit"]
+            # A graph needs each of its variables, and no Python state.
+            return {**children, "_phase_starts": self._phase_starts.value}
+        return {STATE: state, **children}  # first: see `SavedState.is_foreign`
 
     def _lookup_dependency(self, name: str, cached_dependencies: Any = None) -> Any:
-        # While TensorFlow restores a checkpoint it asks this, with the dependencies,
-        # for each part of the object that was saved, and without a word puts aside
-        # what is not found, which happens if it was a different optimizer.
-        found = super()._lookup_dependency(name, cached_dependencies)
+        # A restore asks this for each part that was saved.
         restoring = cached_dependencies is not None
-        if restoring and found is None and name not in _MADE_BY_BUILD:
-            self._layout.refused = True
-            raise not_saved_from_one(f"the checkpoint, with `{name}`, of another")
-        return found
+        if restoring and self._saved_state.is_foreign(name, cached_dependencies):
+            return tf.train.Checkpoint()  # takes the part, and is thrown away
+        return super()._lookup_dependency(name, cached_dependencies)

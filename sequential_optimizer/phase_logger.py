@@ -5,12 +5,11 @@ from typing import Any
 import keras
 
 from sequential_optimizer._find_sequence import (
-    Watch,
     child_of,
     find_sequence,
     phase_of_last_update,
-    print_line,
 )
+from sequential_optimizer._phases import switches_between
 
 Logs = dict[str, Any] | None
 
@@ -22,10 +21,10 @@ class PhaseLogger(keras.callbacks.Callback):
     `learning_rate`, that of the child which made it. So `History`, the progress bar,
     `CSVLogger` and `TensorBoard` show them; put `PhaseLogger` before the last two in
     the list of callbacks. At each switch it prints a line such as
-    `iteration 1200: adam -> sgd`: the first 1200 updates are adam's. It does so after
-    the next update, also if that was one of several in a call of the train function
-    (`steps_per_execution`). Only if `advance()` ended a phase, and its child came
-    back, within one such call, the true iteration may be lower than the printed one.
+    `iteration 1200: adam -> sgd`: the first 1200 updates are adam's. It prints it after
+    the first update of the new phase, or after the call of the train function that made
+    it (`steps_per_execution`). A phase that ends before it has made an update is
+    passed over.
 
     Example:
 
@@ -59,11 +58,14 @@ class PhaseLogger(keras.callbacks.Callback):
         """Finds the sequence of the model's optimizer."""
         super().set_model(model)
         self._sequence = find_sequence(model.optimizer, self)
-        self._watch: Watch | None = None
+        self._has_begun = False
+        self._look()
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
-        """Notes where the run begins, after every callback that restores one."""
-        self._watch = self._watch or Watch(self._sequence)
+        """Looks where the run begins, after every callback that restores one."""
+        if not self._has_begun:
+            self._look()
+        self._has_begun = True
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         """Prints the switches in the batch, or in the steps executed with it."""
@@ -78,12 +80,19 @@ class PhaseLogger(keras.callbacks.Callback):
         if logs is not None:
             logs.update(self._values())
 
+    def _look(self) -> None:
+        self._starts = self._sequence.phase_starts
+        self._iterations = int(self._sequence.iterations.numpy())
+
     def _print_switches(self) -> None:
-        if not self.verbose or self._watch is None:
+        starts, iterations = self._starts, self._iterations
+        self._look()
+        if not self.verbose:
             return
-        for iteration, *phases in self._watch.switches():
-            before, after = (child_of(self._sequence, phase).name for phase in phases)
-            print_line(self, f"iteration {iteration}: {before} -> {after}")
+        for switch in switches_between(starts, self._starts, iterations):
+            before = child_of(self._sequence, switch.before).name
+            after = child_of(self._sequence, switch.after).name
+            print_line(self, f"iteration {switch.iteration}: {before} -> {after}")
 
     def _values(self) -> dict[str, float]:
         phase = phase_of_last_update(self._sequence)
@@ -93,3 +102,9 @@ class PhaseLogger(keras.callbacks.Callback):
             rate = keras.ops.convert_to_numpy(child.learning_rate)
             values["learning_rate"] = float(rate)
         return values
+
+
+def print_line(callback: keras.callbacks.Callback, line: str) -> None:
+    """Prints a line, below the progress bar if there is one."""
+    has_bar = (callback.params or {}).get("verbose") in (1, "auto")
+    print("\n" * has_bar + line)

@@ -1,22 +1,16 @@
 """Ends a phase when a metric stalls."""
 
-import itertools
 import math
 import re
 import warnings
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import keras
 import numpy as np
 
-from sequential_optimizer._find_sequence import (
-    Watch,
-    count,
-    find_sequence,
-    phase_of_last_update,
-    print_line,
-)
+from sequential_optimizer._find_sequence import find_sequence, phase_of_last_update
+from sequential_optimizer.phase_logger import print_line
 
 # Words in the names of metrics that say which way is better. The lower ones count
 # first: `accuracy_loss` is a loss.
@@ -27,7 +21,7 @@ Logs = dict[str, Any] | None
 
 
 @dataclass
-class _Plateau:
+class _Seen:
     """What SwitchOnPlateau has seen of a phase: numbers, so that they can be saved."""
 
     phase: float
@@ -126,105 +120,61 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         """Starts anew. Keras calls it before any callback restores a backup."""
         super().set_model(model)
         self._sequence = find_sequence(model.optimizer, self)
-        self._watch: Watch | None = None
         self._warned = False
         phase = int(self._sequence.phase)
-        if phase == self._sequence._phases.last:
+        if self._is_last(phase):
             raise ValueError(
                 "`SwitchOnPlateau` needs a phase that can still end. Received: an "
                 f"optimizer in phase {phase}, its last. Leave the callback out, or "
                 "add an optimizer to the sequence."
             )
-        self._write(self._begin(phase, next_epoch=-1))
+        self._write(self._begin(phase, next_epoch=-1), is_best=True)
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         """Warns if a resumed run has lost what this callback saw."""
-        # Only now has every callback restored what it restores.
-        self._watch = self._watch or Watch(self._sequence)
-        plateau = self._read()
-        if plateau.next_epoch not in (-1, epoch):
+        seen = self._read()
+        if seen.next_epoch not in (-1, epoch):
             warnings.warn(
                 f"`SwitchOnPlateau` has seen the epochs before "
-                f"{int(plateau.next_epoch)}, and epoch {epoch} begins: the run was "
+                f"{int(seen.next_epoch)}, and epoch {epoch} begins: the run was "
                 "resumed from a backup that was made before its turn. Put it before "
                 "the callback that saves.",
                 stacklevel=2,
             )
-        plateau.next_epoch = epoch
-        self._write(plateau)
+        seen.next_epoch = epoch
+        self._write(seen)
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Looks at the metric, and ends the phase if it has stalled."""
-        plateau, phase = self._read(), int(self._sequence.phase)
-        self._check_alone(plateau, epoch)
-        plateau.next_epoch = epoch + 1
-        switches = self._watch.switches() if self._watch else []
-        if phase != plateau.phase:
-            plateau = self._begin(phase, epoch + 1, self.cooldown)
-            if switches and switches[-1].after == phase:
-                plateau.started = switches[-1].iteration
-        # If they differ, the whole epoch belongs to a phase that has ended already.
+        seen, phase = self._read(), int(self._sequence.phase)
+        self._check_alone(seen, epoch)
+        seen.next_epoch = epoch + 1
+        if phase != seen.phase:
+            seen = self._begin(phase, epoch + 1, self.cooldown)
+        # Unless the whole epoch belongs to a phase that has ended already.
         is_of_phase = phase == phase_of_last_update(self._sequence)
-        is_last = phase == self._sequence._phases.last
-        if is_of_phase and not is_last and self._is_stalled(logs or {}, plateau):
-            self._switch(epoch, plateau)
-            plateau = self._begin(phase + 1, epoch + 1, self.cooldown)
-        self._write(plateau)
+        is_best = False
+        if is_of_phase and not self._is_last(phase):
+            value = self._value_in(logs or {})
+            is_best = value is not None and self._is_better(value, seen)
+            if value is not None and self._is_stalled(value, seen):
+                self._switch(epoch, seen)
+                seen = self._begin(phase + 1, epoch + 1, self.cooldown)
+        self._write(seen, is_best)
 
-    def _check_alone(self, plateau: _Plateau, epoch: int) -> None:
-        if plateau.next_epoch > epoch:
+    def _is_last(self, phase: int) -> bool:
+        return phase == len(self._sequence.boundaries)
+
+    def _check_alone(self, seen: _Seen, epoch: int) -> None:
+        if seen.next_epoch > epoch:
             raise ValueError(
                 "Each `SwitchOnPlateau` must watch a metric of its own. Received: two "
                 f'with monitor="{self.monitor}". Leave one of them out.'
             )
 
-    def _is_stalled(self, logs: dict[str, Any], plateau: _Plateau) -> bool:
-        """Counts the epoch, and returns whether it was one too many."""
-        if self.monitor not in logs:
-            self._warn_of_missing_metric(logs)
-            return False
-        value = float(logs[self.monitor])
-        in_cooldown = plateau.cooldown > 0
-        plateau.cooldown -= in_cooldown
-        if self._sign * value > self._sign * plateau.best + self.min_delta:
-            plateau.best, plateau.wait = value, 0
-            if self.restore_best_weights:
-                self._write_weights(self.model.get_weights())
-            return False
-        if in_cooldown:
-            return False
-        plateau.wait += 1
-        updates = count(self._sequence.iterations) - plateau.started
-        return plateau.wait >= self.patience and updates >= self.min_iterations
-
-    def _switch(self, epoch: int, plateau: _Plateau) -> None:
-        arrays = self._sequence._notes.arrays
-        # There are none if the metric was never a number.
-        if best_weights := [arrays[key] for key in self._keys_of_weights()]:
-            self.model.set_weights(best_weights)
-        before = self._sequence.active_child().name
-        self._sequence.advance()
-        if self.verbose:
-            after = self._sequence.active_child().name
-            print_line(
-                self,
-                f"epoch {epoch + 1}: {before} -> {after}, after {int(plateau.wait)} "
-                f"without a better {self.monitor} than {plateau.best:g}",
-            )
-
-    def _begin(self, phase: int, next_epoch: int, cooldown: int = 0) -> _Plateau:
-        """Forgets the phase before, and returns what has been seen of this one."""
-        for key in self._keys_of_weights():
-            del self._sequence._notes.arrays[key]
-        return _Plateau(
-            phase=phase,
-            started=count(self._sequence.iterations),
-            best=-self._sign * math.inf,
-            next_epoch=next_epoch,
-            cooldown=cooldown,
-        )
-
-    def _warn_of_missing_metric(self, logs: dict[str, Any]) -> None:
+    def _value_in(self, logs: dict[str, Any]) -> float | None:
+        if self.monitor in logs:
+            return float(logs[self.monitor])
         if not self._warned:
             warnings.warn(
                 f"`SwitchOnPlateau` watches the metric `{self.monitor}`, which is not "
@@ -232,30 +182,74 @@ class SwitchOnPlateau(keras.callbacks.Callback):
                 stacklevel=2,
             )
         self._warned = True
+        return None
+
+    def _is_better(self, value: float, seen: _Seen) -> bool:
+        return self._sign * value > self._sign * seen.best + self.min_delta
+
+    def _is_stalled(self, value: float, seen: _Seen) -> bool:
+        """Counts the epoch, and returns whether it was one too many."""
+        in_cooldown = seen.cooldown > 0
+        seen.cooldown -= in_cooldown
+        if self._is_better(value, seen):
+            seen.best, seen.wait = value, 0
+            return False
+        if in_cooldown:
+            return False
+        seen.wait += 1
+        updates = self._iterations() - seen.started
+        return seen.wait >= self.patience and updates >= self.min_iterations
+
+    def _switch(self, epoch: int, seen: _Seen) -> None:
+        # There is no best epoch if the metric was never a number.
+        if self.restore_best_weights and math.isfinite(seen.best):
+            notes, start = self._sequence.notes, f"{self._key}/weight/"
+            weights = [notes[key] for key in notes if key.startswith(start)]
+            self.model.set_weights(weights)
+        before = self._sequence.active_child().name
+        self._sequence.advance()
+        if self.verbose:
+            after = self._sequence.active_child().name
+            print_line(
+                self,
+                f"epoch {epoch + 1}: {before} -> {after}, after {int(seen.wait)} "
+                f"without a better {self.monitor} than {seen.best:g}",
+            )
+
+    def _begin(self, phase: int, next_epoch: int, cooldown: int = 0) -> _Seen:
+        """Returns what has been seen of a phase that has just begun: nothing."""
+        start = int(self._sequence.phase_starts[phase])
+        return _Seen(
+            phase=phase,
+            started=start if start >= 0 and next_epoch >= 0 else self._iterations(),
+            best=-self._sign * math.inf,
+            next_epoch=next_epoch,
+            cooldown=cooldown,
+        )
+
+    def _iterations(self) -> int:
+        return int(self._sequence.iterations.numpy())
 
     # What is noted with the optimizer is saved, and restored, with it.
 
-    def _read(self) -> _Plateau:
-        noted = self._sequence._notes.arrays.get(self._key)
-        if noted is None:  # restored from a backup that was made without the callback
+    def _read(self) -> _Seen:
+        notes = self._sequence.notes
+        keys = {field.name: f"{self._key}/{field.name}" for field in fields(_Seen)}
+        if not notes.keys() >= set(keys.values()):
+            # Restored from a backup that was made without the callback.
             return self._begin(int(self._sequence.phase), next_epoch=-1)
-        return _Plateau(*noted.tolist())
+        return _Seen(**{name: float(notes[key]) for name, key in keys.items()})
 
-    def _write(self, plateau: _Plateau) -> None:
-        arrays = self._sequence._notes.arrays
-        arrays[self._key] = np.array(astuple(plateau), np.float64)
-
-    def _keys_of_weights(self) -> list[str]:
-        keys = (f"{self._key}/weight/{i}" for i in itertools.count())
-        return list(
-            itertools.takewhile(self._sequence._notes.arrays.__contains__, keys)
-        )
-
-    def _write_weights(self, weights: list[np.ndarray]) -> None:
-        for i, weight in enumerate(weights):
-            # NumPy cannot write bfloat16, which float32 holds exactly.
-            native = weight if weight.dtype.kind != "V" else weight.astype(np.float32)
-            self._sequence._notes.arrays[f"{self._key}/weight/{i}"] = native
+    def _write(self, seen: _Seen, is_best: bool = False) -> None:
+        """Notes what has been seen, and the weights if they are the best so far."""
+        notes = self._sequence.notes
+        for name, number in asdict(seen).items():
+            notes[f"{self._key}/{name}"] = np.array(number, np.float64)
+        if self.restore_best_weights and is_best:
+            for i, weight in enumerate(self.model.get_weights()):
+                # NumPy cannot write bfloat16, which float32 holds exactly.
+                dtype = np.float32 if weight.dtype.kind == "V" else weight.dtype
+                notes[f"{self._key}/weight/{i}"] = weight.astype(dtype)
 
 
 def _sign(mode: str, monitor: str) -> int:

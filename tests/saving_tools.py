@@ -196,7 +196,7 @@ class Run:
                 save(model, self.folder(t + 1))
         self.phase = int(_sequential(model).phase)
         # A run that never switches would show nothing.
-        assert self.phase == len(_sequential(model)._phases.children) - 1
+        assert self.phase == len(_sequential(model).boundaries)
 
     def folder(self, calls: int) -> Path:
         """Returns the folder that was saved after `calls` calls."""

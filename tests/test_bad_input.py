@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from sequential_optimizer import SequentialOptimizer, requirements
+from sequential_optimizer import SequentialOptimizer, _keras
 from tests.reference import assert_same, make_gradients, make_variables, weights_of
 
 
@@ -192,12 +192,12 @@ def test_legacy_keras_is_refused_at_import():
 def test_old_keras_is_refused(monkeypatch):
     monkeypatch.setattr(keras, "__version__", "3.4.1")
     with refuses("Keras >= 3.5", error=ImportError):
-        requirements.check_keras()
+        _keras.check_keras()
     monkeypatch.setattr(keras, "__version__", "3.10.0")
-    requirements.check_keras()
+    _keras.check_keras()
 
 
 def test_other_backend_is_refused(monkeypatch):
     monkeypatch.setattr(keras.config, "backend", lambda: "jax")
     with refuses("TensorFlow backend", error=ImportError):
-        requirements.check_keras()
+        _keras.check_keras()

@@ -24,13 +24,34 @@ WRONG = {
     "no_optimizer": (config_with(optimizers=[CHILD, 3]), "Each entry of `optimizers`"),
     "nothing": (config_with(optimizers=[CHILD, None]), "Each entry of `optimizers`"),
     "no_config": (config_with(optimizers=[CHILD, {}]), "Each entry of `optimizers`"),
-    "phases_no_list": (config_with(phases="01"), "`phases` in a config"),
-    "phases_of_text": (config_with(phases=["0", "1"]), "`phases` in a config"),
-    "phases_of_bool": (config_with(phases=[False, True]), "`phases` in a config"),
-    "phase_too_high": (config_with(phases=[0, 2]), "`phases` in a config"),
-    "phase_negative": (config_with(phases=[0, -1]), "`phases` in a config"),
-    "child_without_phase": (config_with(phases=[0, 0]), "`phases` in a config"),
-    "nested_phases": (config_with(phases=[[0], [1]]), "`phases` in a config"),
+    "phases_no_list": (
+        config_with(child_of_phase="01"),
+        "`child_of_phase` in a config",
+    ),
+    "phases_of_text": (
+        config_with(child_of_phase=["0", "1"]),
+        "`child_of_phase` in a config",
+    ),
+    "phases_of_bool": (
+        config_with(child_of_phase=[False, True]),
+        "`child_of_phase` in a config",
+    ),
+    "phase_too_high": (
+        config_with(child_of_phase=[0, 2]),
+        "`child_of_phase` in a config",
+    ),
+    "phase_negative": (
+        config_with(child_of_phase=[0, -1]),
+        "`child_of_phase` in a config",
+    ),
+    "child_without_phase": (
+        config_with(child_of_phase=[0, 0]),
+        "`child_of_phase` in a config",
+    ),
+    "nested_phases": (
+        config_with(child_of_phase=[[0], [1]]),
+        "`child_of_phase` in a config",
+    ),
     "boundary_missing": (config_with(boundaries=[]), "one entry fewer"),
     "boundary_text": (config_with(boundaries=["3"]), "must be an integer or `None`"),
     "boundaries_text": (config_with(boundaries="3"), "must be a list of integers"),

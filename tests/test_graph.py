@@ -6,7 +6,7 @@ import tensorflow as tf
 
 import sequential_optimizer
 from sequential_optimizer import SequentialOptimizer
-from sequential_optimizer._switch_case import PROPAGATE_CONSTANTS
+from sequential_optimizer._keras import PROPAGATE_CONSTANTS
 from tests.reference import make_gradients, make_variables
 
 CASES = ("Case", "StatelessCase")
@@ -133,6 +133,14 @@ def test_nothing_is_public_by_accident():
         for name in vars(SequentialOptimizer)
         if not name.startswith("_") and not hasattr(keras.optimizers.Optimizer, name)
     }
-    assert own == {"active_child", "advance", "phase"}
+    assert own == {
+        "active_child",
+        "advance",
+        "boundaries",
+        "child_of_phase",
+        "notes",
+        "phase",
+        "phase_starts",
+    }
     # Keras' callbacks take an optimizer that has it for a MultiOptimizer.
     assert not hasattr(SequentialOptimizer(["adam"], []), "optimizers")

@@ -211,5 +211,5 @@ def test_config_round_trips(schedule):
     serialized = keras.saving.serialize_keras_object(optimizer)
     loaded = keras.saving.deserialize_keras_object(serialized)
     assert loaded.get_config() == config
-    assert [loaded.children[i].name for i in config["phases"]] == schedule[0]
+    assert [loaded.children[i].name for i in config["child_of_phase"]] == schedule[0]
     assert config["boundaries"] == schedule[1]

@@ -713,60 +713,87 @@ def noted():
     stage.begin_epoch()
     stage.update()
     stage.end_epoch(loss=0.25)
-    arrays = dict(optimizer._notes.arrays)
-    assert_same([arrays["SwitchOnPlateau/loss/weight/0"]], [stage.weight.numpy()])
-    assert 0.25 in arrays["SwitchOnPlateau/loss"]
-    return optimizer, arrays
+    notes = dict(optimizer.notes)
+    assert_same([notes["SwitchOnPlateau/loss/weight/0"]], [stage.weight.numpy()])
+    assert notes["SwitchOnPlateau/loss/best"] == 0.25
+    return optimizer, notes
 
 
-def _built():
+def _watched():
+    """An optimizer that a callback watches which has seen nothing yet."""
     optimizer = make_sgds((None,))
-    optimizer.build([tf.Variable([0.5])])
+    Stage(optimizer, [SwitchOnPlateau("loss", patience=9, restore_best_weights=True)])
     return optimizer
 
 
-def assert_same_notes(optimizer, arrays):
-    assert optimizer._notes.arrays.keys() == arrays.keys()
-    for name, array in arrays.items():
-        assert optimizer._notes.arrays[name].dtype == array.dtype
-        np.testing.assert_array_equal(optimizer._notes.arrays[name], array)
+def assert_notes(optimizer, expected):
+    assert optimizer.notes.keys() == expected.keys()
+    assert_same(list(optimizer.notes.values()), list(expected.values()))
 
 
 def test_notes_survive_a_tensorflow_checkpoint(noted, tmp_path):
-    optimizer, arrays = noted
+    optimizer, notes = noted
     path = tf.train.Checkpoint(optimizer=optimizer).write(str(tmp_path / "checkpoint"))
-    restored = _built()
+    restored = _watched()
     tf.train.Checkpoint(optimizer=restored).read(path).assert_consumed()
-    assert_same_notes(restored, arrays)
+    assert_notes(restored, notes)
 
 
 def test_notes_survive_a_keras_file(noted):
-    optimizer, arrays = noted
+    optimizer, notes = noted
     store = {}
     optimizer.save_own_variables(store)
-    restored = _built()
+    restored = _watched()
     restored.load_own_variables(store)
-    assert_same_notes(restored, arrays)
+    assert_notes(restored, notes)
 
 
 def test_file_without_notes_empties_them(noted):
     optimizer, _ = noted
     store = {}
-    _built().save_own_variables(store)
+    other = make_sgds((None,))
+    other.build([tf.Variable([0.5])])
+    other.save_own_variables(store)
     assert not any("notes" in key for key in store)
     optimizer.load_own_variables(store)
-    assert_same_notes(optimizer, {})
+    assert optimizer.notes == {}
+
+
+def test_notes_of_a_callback_that_is_not_there_are_dropped(noted, tmp_path):
+    # They once stayed in every later file, best weights and all.
+    optimizer, _ = noted
+    store = {}
+    optimizer.save_own_variables(store)
+    path = tf.train.Checkpoint(optimizer=optimizer).write(str(tmp_path / "checkpoint"))
+    restored = make_sgds((None,))
+    restored.build([tf.Variable([0.5])])
+    restored.load_own_variables(store)
+    assert restored.notes == {}
+    tf.train.Checkpoint(optimizer=restored).read(path).assert_consumed()
+    assert restored.notes == {}
+
+
+def test_notes_of_other_weights_are_refused(noted):
+    optimizer, _ = noted
+    store = {}
+    optimizer.save_own_variables(store)
+    other = _watched()
+    other.notes["SwitchOnPlateau/loss/weight/0"] = np.zeros(7)
+    before = weights_of(other.variables)
+    with pytest.raises(ValueError, match="What a callback noted"):
+        other.load_own_variables(store)
+    assert_same(weights_of(other.variables), before)
 
 
 def test_refused_file_leaves_the_notes(noted):
-    optimizer, arrays = noted
+    optimizer, notes = noted
     store = {}
     other = SequentialOptimizer([keras.optimizers.Adam(), keras.optimizers.SGD()], [2])
     other.build([tf.Variable([0.5])])
     other.save_own_variables(store)
-    with pytest.raises(ValueError, match="recognizable by their class"):
+    with pytest.raises(ValueError, match="another class of child 0"):
         optimizer.load_own_variables(store)
-    assert_same_notes(optimizer, arrays)
+    assert_notes(optimizer, notes)
 
 
 def test_notes_are_no_part_of_the_config(noted):
