@@ -18,7 +18,7 @@ def find_sequence(optimizer: Any, callback: keras.callbacks.Callback) -> Any:
     Raises:
         ValueError: if there is none, or more than one.
     """
-    found = _sequences_in(optimizer)
+    found = sequences_in(optimizer)
     if len(found) != 1:
         raise ValueError(
             f"`{type(callback).__name__}` needs a model whose optimizer is or wraps "
@@ -27,14 +27,6 @@ def find_sequence(optimizer: Any, callback: keras.callbacks.Callback) -> Any:
             "`optimizer=SequentialOptimizer([...], boundaries=[...])`."
         )
     return found[0]
-
-
-def names_of_phases(optimizer: Any) -> list[str]:
-    """Returns the names of the children, phase by phase; none for other optimizers."""
-    found = _sequences_in(optimizer)
-    if len(found) != 1:
-        return []
-    return [child_of(found[0], k).name for k in range(len(found[0].child_of_phase))]
 
 
 def child_of(sequence: SequentialOptimizer, phase: int) -> Any:
@@ -48,10 +40,11 @@ def phase_of_last_update(sequence: SequentialOptimizer) -> int:
     return int(sequence.phase) if phase is None else phase
 
 
-def _sequences_in(optimizer: Any) -> list[SequentialOptimizer]:
+def sequences_in(optimizer: Any) -> list[SequentialOptimizer]:
+    """Returns the sequences that an optimizer is or wraps."""
     if isinstance(optimizer, SequentialOptimizer):
         return [optimizer]
     if hasattr(optimizer, "inner_optimizer"):
-        return _sequences_in(optimizer.inner_optimizer)
+        return sequences_in(optimizer.inner_optimizer)
     inner = getattr(optimizer, "optimizers", [])
-    return [found for one in inner for found in _sequences_in(one)]
+    return [found for one in inner for found in sequences_in(one)]

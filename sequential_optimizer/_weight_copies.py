@@ -38,7 +38,7 @@ def _is_of_keras(variable: Any) -> bool:
     return hasattr(variable, "path")
 
 
-def find_snapshots(
+def find_weight_copies(
     child: keras.optimizers.Optimizer, variables: Sequence[Any]
 ) -> tuple[tuple[int, int], ...]:
     """Returns which of a built child's variables `build` copied from the weights.

@@ -49,7 +49,7 @@ from sequential_optimizer._replicas import (
 )
 from sequential_optimizer._saving import STATE, Commit, SavedState, check_values
 from sequential_optimizer._switch_case import switch_case
-from sequential_optimizer._weight_copies import are_initialized, find_snapshots
+from sequential_optimizer._weight_copies import are_initialized, find_weight_copies
 
 check_keras()
 
@@ -401,8 +401,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                     child.build(variables)
         with tf.init_scope():
             super().build(variables)
-            self._snapshots = tuple(
-                find_snapshots(child, variables) for child in self.children
+            self._weight_copies = tuple(
+                find_weight_copies(child, variables) for child in self.children
             )
             self._saved_state.after_build()
 
@@ -528,7 +528,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         """Lets the child of the current phase make the update."""
 
         def update_with(i: int) -> None:
-            self._retake_snapshots(i)
+            self._retake_weight_copies(i)
             for_each_replica(self._apply_child, i, grads, variables)
 
         phase = self.phase
@@ -541,13 +541,13 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     def _apply_child(self, i: int, grads: list[Any], variables: list[Any]) -> None:
         self.children[i].apply(with_constant_shapes(grads, variables), variables)
 
-    def _retake_snapshots(self, i: int) -> None:
+    def _retake_weight_copies(self, i: int) -> None:
         """Before a child's first update, copies the weights as its `build` did."""
-        if not self._snapshots[i]:
+        if not self._weight_copies[i]:
             return
         child = self.children[i]
         slots, is_first = child.variables, tf.equal(child.iterations, 0)
-        for copied, variable in self._snapshots[i]:
+        for copied, variable in self._weight_copies[i]:
             weight = trained_variables(self)[variable]
             child.assign(slots[copied], tf.where(is_first, weight, slots[copied]))
 

@@ -17,14 +17,15 @@ Logs = dict[str, Any] | None
 class PhaseLogger(keras.callbacks.Callback):
     """Puts the phase and the learning rate into the logs, and prints each switch.
 
-    The logs of an epoch get `phase`, the phase that its last update ran in, and
-    `learning_rate`, that of the child which made it. So `History`, the progress bar,
-    `CSVLogger` and `TensorBoard` show them; put `PhaseLogger` before the last two in
-    the list of callbacks. At each switch it prints a line such as
-    `iteration 1200: adam -> sgd`: the first 1200 updates are adam's. It prints it after
-    the first update of the new phase, or after the call of the train function that made
-    it (`steps_per_execution`). A phase that ends before it has made an update is
-    passed over.
+    The logs of an epoch get `phase`, the phase that its last update ran in,
+    `learning_rate`, that of the child which made it, and `iterations`, the number of
+    updates so far. So `History`, the progress bar, `CSVLogger` and `TensorBoard` show
+    them; put `PhaseLogger` before the last two in the list of callbacks.
+
+    At each switch it prints a line such as `iteration 1200: adam -> sgd`: the first
+    1200 updates are adam's. It prints it after the first update of the new phase, or
+    after the call of the train function that made it (`steps_per_execution`). A phase
+    that ends before it has made an update is passed over.
 
     Example:
 
@@ -40,7 +41,7 @@ class PhaseLogger(keras.callbacks.Callback):
     [0, 0, 1]
 
     Args:
-        per_batch: bool, whether the logs of each batch get the two as well. Defaults
+        per_batch: bool, whether the logs of each batch get them as well. Defaults
             to `False`.
         verbose: 1 (the default) to print a line at each switch, 0 for silence.
 
@@ -96,7 +97,7 @@ class PhaseLogger(keras.callbacks.Callback):
 
     def _values(self) -> dict[str, float]:
         phase = phase_of_last_update(self._sequence)
-        values: dict[str, float] = {"phase": phase}
+        values: dict[str, float] = {"phase": phase, "iterations": self._iterations}
         child = child_of(self._sequence, phase)
         if hasattr(child, "learning_rate"):  # a MultiOptimizer has several
             rate = keras.ops.convert_to_numpy(child.learning_rate)

@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sequential_optimizer._find_sequence import names_of_phases
+import numpy as np
+
+from sequential_optimizer._find_sequence import child_of, sequences_in
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,8 +22,9 @@ def plot_history(
 ) -> "Axes":
     """Plots metrics over epochs, with the phases shaded and the switches marked.
 
-    An epoch is shaded as the phase of its last update, as `PhaseLogger` logs it, so
-    a switch in the middle of an epoch is marked where that epoch begins.
+    A switch inside an epoch is marked where it happened, if `history` is what `fit`
+    returned. From a dict alone only the phase of an epoch's last update is known, and
+    the switch is marked where that epoch begins.
 
     Args:
         history: what `Model.fit` returned, or its `history` dict, with the column
@@ -72,7 +75,8 @@ def plot_history(
     ax.set_xlabel("epoch")
     ax.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _shade_phases(ax, epochs, [names[phase] for phase in phases], phases)
+    begins = _begins_of_phases(history, columns, epochs)
+    _shade_phases(ax, begins, [names[phase] for _, phase in begins], epochs[-1] + 0.5)
     if learning_rate:
         _plot_learning_rate(ax, epochs, columns["learning_rate"])
     if metrics:
@@ -116,10 +120,12 @@ def _check_columns(columns: Mapping[str, Any], needed: Sequence[str]) -> None:
 
 def _names(history: Any, names: Sequence[str] | None, count: int) -> Sequence[str]:
     if names is None:
-        optimizer = getattr(getattr(history, "model", None), "optimizer", None)
-        found = names_of_phases(optimizer)
+        sequence = _sequence_of(history)
+        phases = 0 if sequence is None else len(sequence.child_of_phase)
         # Too few if the model was compiled with another optimizer since.
-        return found if len(found) >= count else [f"phase {k}" for k in range(count)]
+        if phases < count:
+            return [f"phase {k}" for k in range(count)]
+        return [child_of(sequence, k).name for k in range(phases)]
     if len(names) < count:
         raise ValueError(
             f"`names` must have a name for each phase. Received: names={names!r} for "
@@ -128,21 +134,57 @@ def _names(history: Any, names: Sequence[str] | None, count: int) -> Sequence[st
     return names
 
 
+def _sequence_of(history: Any) -> Any:
+    """Returns the sequence that a history was made with, if there is one."""
+    optimizer = getattr(getattr(history, "model", None), "optimizer", None)
+    found = sequences_in(optimizer)
+    return found[0] if len(found) == 1 else None
+
+
+def _begins_of_phases(
+    history: Any, columns: Mapping[str, Sequence[float]], epochs: Sequence[int]
+) -> list[tuple[float, int]]:
+    """Returns where each phase begins on the axis of epochs, and which it is."""
+    phases = [int(phase) for phase in columns["phase"]]
+    left = epochs[0] - 0.5
+    by_epoch = [
+        (epoch - 0.5, phase)
+        for i, (epoch, phase) in enumerate(zip(epochs, phases, strict=True))
+        if i == 0 or phase != phases[i - 1]
+    ]
+    counts, sequence = columns.get("iterations", []), _sequence_of(history)
+    if sequence is None or len(counts) != len(epochs):
+        return by_epoch
+    # The first epoch has made as many updates as the second, or all that there are.
+    before = max(2 * counts[0] - counts[1], 0) if len(counts) > 1 else 0
+    edges = [left, *(epoch + 0.5 for epoch in epochs)]
+    begins = [
+        (float(np.interp(start, [before, *counts], edges)), phase)
+        for phase, start in enumerate(sequence.phase_starts)
+        if 0 <= start < counts[-1]
+    ]
+    last_of_epoch = [
+        max((k for x, k in begins if x < right), default=-1) for right in edges[1:]
+    ]
+    if last_of_epoch != phases:
+        return by_epoch  # The optimizer has been trained, or exchanged, since.
+    first = max(i for i, (x, _) in enumerate(begins) if x == left)
+    return begins[first:]
+
+
 def _shade_phases(
-    ax: "Axes", epochs: Sequence[int], names: Sequence[str], phases: Sequence[int]
+    ax: "Axes", begins: Sequence[tuple[float, int]], names: Sequence[str], end: float
 ) -> None:
-    """Shades each stretch of epochs of one phase, one colour a name, and names it."""
-    starts = [i for i, k in enumerate(phases) if i == 0 or k != phases[i - 1]]
+    """Shades each stretch of one phase, one colour per name, and names it."""
     # From the end of the colour cycle; the curves take theirs from the beginning.
     colors = {name: f"C{9 - i % 10}" for i, name in enumerate(dict.fromkeys(names))}
-    centers = []
-    for start, end in zip(starts, [*starts[1:], len(phases)], strict=True):
-        left, right = epochs[start] - 0.5, epochs[end - 1] + 0.5
-        ax.axvspan(left, right, color=colors[names[start]], alpha=0.15, linewidth=0)
-        if start:
+    edges = [*(left for left, _ in begins), end]
+    for name, left, right in zip(names, edges[:-1], edges[1:], strict=True):
+        ax.axvspan(left, right, color=colors[name], alpha=0.15, linewidth=0)
+        if left != edges[0]:
             ax.axvline(left, color="0.4", linestyle="--", linewidth=1)
-        centers.append((left + right) / 2)
-    _write_above(ax, centers, [names[start] for start in starts])
+    centers = [sum(edges[i : i + 2]) / 2 for i in range(len(names))]
+    _write_above(ax, centers, names)
 
 
 def _write_above(ax: "Axes", centers: Sequence[float], labels: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 import sequential_optimizer
-from sequential_optimizer import SequentialOptimizer
+from sequential_optimizer import SequentialOptimizer, _keras
 from sequential_optimizer._keras import PROPAGATE_CONSTANTS
 from tests.reference import make_gradients, make_variables
 
@@ -109,16 +109,39 @@ def test_tensorflow_still_makes_a_case_ask_for_compile_time_constants():
         "_variables",
     ],
 )
-def test_private_name_of_the_base_class_is_still_there(name):
-    # If this fails, this version of Keras or TensorFlow renamed what optimizer.py
-    # builds upon; look there for the name.
+def test_private_name_is_still_there(name):
+    # If this fails, this version of Keras or TensorFlow has renamed what the package
+    # builds upon: `_keras.py` says what for.
     optimizer = keras.optimizers.SGD(use_ema=True, gradient_accumulation_steps=2)
     optimizer.build(make_variables())
     assert hasattr(optimizer, name)
 
 
 def test_operations_still_have_the_private_set_attr():
+    # As above.
     assert hasattr(tf.Operation, "_set_attr")
+
+
+@pytest.mark.parametrize("name", ["_serialize_to_tensors", "_restore_from_tensors"])
+def test_modules_still_have_the_private_hooks_of_checkpoints(name):
+    # `_saving.Commit` builds upon them.
+    assert hasattr(tf.Module, name)
+
+
+def test_shape_in_a_keras_file_is_told_without_reading(tmp_path):
+    # `_keras.stored_shape` knows two names for what Keras keeps of an h5 group.
+    shapes = []
+
+    class Looking(keras.optimizers.SGD):
+        def load_own_variables(self, store):
+            shapes.append(_keras.stored_shape(store, "0"))
+            shapes.append(_keras.stored_shape(store, "7"))
+
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile(Looking())
+    model.save_weights(tmp_path / "model.weights.h5")
+    model.load_weights(tmp_path / "model.weights.h5")
+    assert shapes == [(), None]
 
 
 def test_nothing_is_public_by_accident():

@@ -7,6 +7,7 @@ import keras
 import matplotlib
 import numpy as np
 import pytest
+import tensorflow as tf
 from matplotlib.colors import same_color
 from matplotlib.figure import Figure
 
@@ -129,12 +130,40 @@ def test_history_of_fit_that_goes_on_at_a_later_epoch():
     assert spans_of(ax) == [(2.5, 3.5), (3.5, 4.5)]
 
 
-def test_epoch_with_a_switch_in_it_is_of_the_phase_of_its_last_update():
-    # The third of six updates is sgd's, and the second epoch holds it.
-    assert spans_of(plot_history(fit(adam_then_sgd(3), epochs=3))) == [
-        (0.5, 1.5),
-        (1.5, 3.5),
-    ]
+def test_switch_inside_an_epoch_is_marked_where_it_happened():
+    # The second epoch holds updates 2 and 3, and 3 is the first of sgd's.
+    history = fit(adam_then_sgd(3), epochs=3)
+    assert spans_of(plot_history(history)) == [(0.5, 2.0), (2.0, 3.5)]
+    assert marks_of(plot_history(history)) == [2.0]
+
+
+def test_switch_is_marked_in_a_second_fit_as_well():
+    optimizer = adam_then_sgd(5)
+    model = fit(optimizer, epochs=2).model
+    x = np.ones((32, 1))
+    history = model.fit(
+        x,
+        x,
+        batch_size=16,
+        epochs=4,
+        initial_epoch=2,
+        verbose=0,
+        callbacks=[PhaseLogger()],
+    )
+    assert spans_of(plot_history(history)) == [(2.5, 3.0), (3.0, 4.5)]
+
+
+def test_dict_says_only_which_epoch_holds_the_switch():
+    history = fit(adam_then_sgd(3), epochs=3)
+    assert spans_of(plot_history(history.history)) == [(0.5, 1.5), (1.5, 3.5)]
+
+
+def test_optimizer_trained_on_since_is_not_asked():
+    history = fit(adam_then_sgd(3), epochs=1)
+    fit_again = history.model.optimizer
+    for _ in range(4):
+        fit_again.apply([tf.ones_like(v) for v in history.model.trainable_variables])
+    assert spans_of(plot_history(history)) == [(0.5, 1.5)]
 
 
 def test_columns_may_be_arrays():

@@ -70,7 +70,8 @@ def test_epochs_show_phase_and_learning_rate(optimizer, tmp_path):
         optimizer, PhaseLogger(verbose=0), keras.callbacks.TensorBoard(tmp_path)
     )
     scalars = scalars_in(tmp_path / "train")
-    assert set(scalars) == {"epoch_loss", "epoch_phase", "epoch_learning_rate"}
+    shown = {"epoch_loss", "epoch_phase", "epoch_learning_rate", "epoch_iterations"}
+    assert set(scalars) == shown
     for points in scalars.values():
         assert [step for step, _ in points] == [0, 1, 2]
     assert values_of(scalars["epoch_phase"]) == history["phase"] == [0, 1, 1]
