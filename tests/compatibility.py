@@ -1,6 +1,7 @@
 """Runs the tests with a TensorFlow and a Keras of your choice, and keeps the outcome.
 
     python -m tests.compatibility 2.17:3.6 2.18:3.8    # minutes each
+    python -m tests.compatibility nightly:nightly      # what comes next
 
 Each pair gets a virtual environment of its own. The outcome goes to
 compatibility.json, and from there into the table of the README. Left out are the tests
@@ -17,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 import venv
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +30,10 @@ OUTCOMES = Path(__file__).with_suffix(".json")
 LEFT_OUT = "benchmark*", "cluster", "compatibility", "digits", "faults", "strategies"
 _TABLE = re.compile(r"(?<=<!-- begin compatibility -->\n).*?(?=<!-- end)", re.DOTALL)
 _VERSIONS = """
-import importlib.metadata as m
-print(*(m.version(name) for name in ("tensorflow", "keras", "numpy")))
+import os
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+import tensorflow, keras, numpy
+print(tensorflow.__version__, keras.__version__, numpy.__version__)
 """
 
 
@@ -45,14 +49,22 @@ def outcome_of(tensorflow: str, keras: str) -> dict[str, Any]:
     """Installs a pair, runs the tests, and returns what came out.
 
     Args:
-        tensorflow: string, the first two numbers of a version.
+        tensorflow: string, the first two numbers of a version, or "nightly".
         keras: string, likewise.
     """
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         python = Path(folder) / "bin" / "python"
-        pair = [f"tensorflow=={tensorflow}.*", f"keras=={keras}.*"]
-        run([python, "-m", "pip", "install", "-q", "-e", f"{ROOT}[test]", *pair])
+        install = [python, "-m", "pip", "install", "-q"]
+        if tensorflow == "nightly":
+            # Under names that no dependency asks for.
+            project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+            tests = project["optional-dependencies"]["test"]
+            run([*install, "tf-nightly", "keras-nightly", *tests])
+            run([*install, "--no-deps", "-e", ROOT])
+        else:
+            pair = [f"tensorflow=={tensorflow}.*", f"keras=={keras}.*"]
+            run([*install, "-e", f"{ROOT}[test]", *pair])
         versions = run([python, "-c", _VERSIONS]).split()
         done = subprocess.run(
             [

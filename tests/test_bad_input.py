@@ -165,7 +165,7 @@ def test_set_weights_that_do_not_fit():
     before = weights_of(optimizer.variables)
     ones = [np.ones_like(value) for value in before]
     for wrong in (ones[:-1], [*ones[:-1], np.ones(7)], [*ones, np.ones(1)]):
-        with refuses("`weights`", "same shape"):
+        with refuses("`weights`", "array"):
             optimizer.set_weights(wrong)
         assert_same(weights_of(optimizer.variables), before)
     optimizer.set_weights(ones)
