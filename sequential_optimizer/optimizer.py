@@ -176,8 +176,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             **{key: kwargs[key] for key in kwargs.keys() - CHILD_SETTINGS},
         )
         check_names_differ(self.name, children)
-        # Keep exactly one attribute that reaches the children, and no `optimizers`:
-        # Keras' callbacks treat any optimizer that has it as a MultiOptimizer.
+        # Not called `optimizers`: Keras' callbacks treat any optimizer that has that
+        # for a MultiOptimizer, and act on every entry.
         self.children = tuple(children)
         self._phases = phases
         # The lowest phase that may run: `advance()` ended those below it.
@@ -192,8 +192,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                 aggregation="only_first_replica",
                 name="phase_starts",
             )
-        # Nothing tracks it, because its length may differ from that in a checkpoint:
-        # it is saved with the Python state.
+        # Not tracked: TensorFlow cannot restore a variable of another length, so it is
+        # saved with the Python state.
         object.__setattr__(self, "_phase_starts", starts)
         self._saved_state = SavedState(self)
         self._commit = Commit(self._saved_state)
@@ -407,6 +407,15 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             self._saved_state.after_build()
 
     # --- apply ---------------------------------------------------------------
+    #
+    # The way of the gradients, from one method to the next:
+    #
+    #   apply          check -> scale -> the replicas meet
+    #   _apply             -> accumulate, or update -> average -> count
+    #   _accumulate            -> add to the sums, or update with their mean
+    #   _update                -> switch: in the branch of one child,
+    #   _apply_child               in each replica: child.apply
+    #                          -> write down the child and the start of the phase
 
     @_not_autographed
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> tf.Tensor:
