@@ -2,12 +2,12 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
 
-from sequential_optimizer._keras import trained_variables
+from sequential_optimizer._keras import key_of, trained_variables
 
 # Part of an update rule, so each child has its own.
 CHILD_SETTINGS = {
@@ -159,23 +159,20 @@ def check_settings(settings: dict[str, Any]) -> None:
 
 
 def check_built_on(
-    variables: Iterable[Any],
-    children: Iterable[keras.optimizers.Optimizer],
-    key: Callable[[Any], Any],
+    variables: Sequence[Any], children: Iterable[keras.optimizers.Optimizer]
 ) -> None:
     """Raises if a child that is already built was built on other variables.
 
     Args:
         variables: the variables to train.
         children: optimizers, built or not.
-        key: function that returns the identity of a variable.
 
     Raises:
         ValueError: if the variables of a built child differ.
     """
-    keys = {key(variable) for variable in variables}
     for child in children:
-        child_keys = {key(variable) for variable in trained_variables(child)}
+        keys = {key_of(child, variable) for variable in variables}
+        child_keys = {key_of(child, variable) for variable in trained_variables(child)}
         if child.built and child_keys != keys:
             raise ValueError(
                 "A child in `optimizers` that is already built must have been built "

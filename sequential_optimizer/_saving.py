@@ -40,14 +40,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from sequential_optimizer._keras import (
-    accumulators,
-    call_count,
-    moving_averages,
-    own_variables,
-    stored_shape,
-    trained_variables,
-)
+from sequential_optimizer import _keras
 
 _VERSION = 1
 _MAX_LAYOUT = 2**24  # bytes; 100,000 variables take less
@@ -70,7 +63,7 @@ class _Own:
     """The variables of a SequentialOptimizer without those of its children."""
 
     def __init__(self, optimizer: Any) -> None:
-        self.variables = own_variables(optimizer)
+        self.variables = _keras.own_variables(optimizer)
 
     save_own_variables = keras.optimizers.Optimizer.save_own_variables
     load_own_variables = keras.optimizers.Optimizer.load_own_variables
@@ -170,7 +163,7 @@ def _trained_by(optimizer: Any) -> list[tuple[str, str]]:
     """Returns path and shape of each variable, which may be of unknown rank."""
     return [
         (getattr(variable, "path", variable.name), str(variable.shape))
-        for variable in trained_variables(optimizer)
+        for variable in _keras.trained_variables(optimizer)
     ]
 
 
@@ -460,7 +453,7 @@ def _read_from(store: Any) -> Read:
     def read(key: str, shape: Sequence[int]) -> np.ndarray:
         stored = None
         try:
-            stored = stored_shape(store, key)
+            stored = _keras.stored_shape(store, key)
             if stored in (None, tuple(shape)):
                 value = np.asarray(store[key])
                 stored = value.shape
@@ -628,7 +621,7 @@ class SavedState(tf.train.experimental.PythonState):
                 stacklevel=3,
             )
             return
-        length = stored_shape(store, "layout") or ()
+        length = _keras.stored_shape(store, "layout") or ()
         if len(length) != 1 or length[0] > _MAX_LAYOUT:
             raise ValueError(
                 "The saved layout of a `SequentialOptimizer` must be a list of at most "
@@ -703,18 +696,20 @@ class SavedState(tf.train.experimental.PythonState):
         """Returns the counters of a file, and what else has just been built."""
         optimizer = self._optimizer
         values = {key: read(key, ()) for key in ("0", "1", "2")}
-        keys = {id(v): str(i) for i, v in enumerate(own_variables(optimizer))}
-        trained = trained_variables(optimizer)
-        for average, variable in zip(moving_averages(optimizer), trained, strict=False):
+        keys = {id(v): str(i) for i, v in enumerate(_keras.own_variables(optimizer))}
+        trained = _keras.trained_variables(optimizer)
+        for average, variable in zip(
+            _keras.moving_averages(optimizer), trained, strict=False
+        ):
             # It starts with the first update, which this is no more.
             if average is not None:
                 values[keys[id(average)]] = variable.numpy()
         if steps := optimizer.gradient_accumulation_steps:
             values["0"] = values["0"] // steps * steps  # so does the window
-            for gradients in accumulators(optimizer):
+            for gradients in _keras.accumulators(optimizer):
                 values[keys[id(gradients)]] = np.zeros_like(gradients.numpy())
         for i, child in enumerate(optimizer.children):
-            if call_count(child).numpy():
+            if _keras.call_count(child).numpy():
                 twin = type(child).from_config(copy.deepcopy(child.get_config()))
                 twin.build(trained)
                 for prefix, part in _parts(twin):

@@ -10,48 +10,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from sequential_optimizer._children import (
-    CHILD_SETTINGS,
-    check_built_on,
-    check_names_differ,
-    check_settings,
-    distinct,
-    get_children,
-    parse_config,
-)
-from sequential_optimizer._gradients import (
-    add_to,
-    check_gradients,
-    divide,
-    with_constant_shapes,
-)
-from sequential_optimizer._keras import (
-    accumulator_of,
-    accumulators,
-    call_count,
-    check_keras,
-    is_trained,
-    key_of,
-    overwrite_with_averages,
-    own_variables,
-    trained_variables,
-    update_averages,
-)
+from sequential_optimizer import _children, _gradients, _keras, _replicas
 from sequential_optimizer._phases import Phases, parse_boundaries
-from sequential_optimizer._replicas import (
-    check_accumulation,
-    check_in_replica,
-    check_strategy,
-    for_each_replica,
-    has_several_workers,
-    largest_of_workers,
-    once_across_replicas,
-)
 from sequential_optimizer._saving import STATE, Commit, SavedState, check_values
 from sequential_optimizer._switch_case import switch_case
 from sequential_optimizer._weight_copies import are_initialized, find_weight_copies
 
-check_keras()
+_keras.check_keras()
 
 # AutoGraph leaves the code of Keras as it is, and would otherwise rewrite ours.
 _not_autographed = tf.autograph.experimental.do_not_convert
@@ -159,9 +124,11 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         gradient_accumulation_steps: int | None = None,
         **kwargs: Any,
     ) -> None:
-        check_settings(kwargs)
-        check_accumulation(gradient_accumulation_steps)
-        children, child_of_phase = distinct(get_children(optimizers))
+        _children.check_settings(kwargs)
+        _replicas.check_accumulation(gradient_accumulation_steps)
+        children, child_of_phase = _children.distinct(
+            _children.get_children(optimizers)
+        )
         phases = Phases(
             parse_boundaries(boundaries, len(child_of_phase)), child_of_phase
         )
@@ -173,9 +140,9 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             ema_overwrite_frequency=ema_overwrite_frequency,
             loss_scale_factor=loss_scale_factor,
             gradient_accumulation_steps=gradient_accumulation_steps,
-            **{key: kwargs[key] for key in kwargs.keys() - CHILD_SETTINGS},
+            **{key: kwargs[key] for key in kwargs.keys() - _children.CHILD_SETTINGS},
         )
-        check_names_differ(self.name, children)
+        _children.check_names_differ(self.name, children)
         # Not called `optimizers`: Keras' callbacks treat any optimizer that has that
         # for a MultiOptimizer, and act on every entry.
         self.children = tuple(children)
@@ -204,7 +171,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         return self.add_variable(
             shape=(),
             initializer=keras.initializers.Constant(value),
-            dtype=call_count(self).dtype,
+            dtype=_keras.call_count(self).dtype,
             aggregation="only_first_replica",
             name=name,
         )
@@ -215,8 +182,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             # its own, and then track a variable that belongs to a child.
             object.__setattr__(self, name, value)
             return
-        if name in CHILD_SETTINGS:
-            check_settings({name: value})
+        if name in _children.CHILD_SETTINGS:
+            _children.check_settings({name: value})
         super().__setattr__(name, value)
 
     # --- look ----------------------------------------------------------------
@@ -294,7 +261,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                 replicas, which would have to decide alike.
         """
         new_phase = tf.minimum(self.phase + 1, self._phases.last)
-        once_across_replicas(self._end_phase)
+        _replicas.once_across_replicas(self._end_phase)
         return new_phase
 
     def _end_phase(self) -> None:
@@ -333,7 +300,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                 "Set a schedule outside of the graph, on the child itself."
             )
 
-        once_across_replicas(self._set_learning_rate, learning_rate)
+        _replicas.once_across_replicas(self._set_learning_rate, learning_rate)
 
     def _set_learning_rate(self, learning_rate: Any) -> None:
         @_not_autographed
@@ -341,13 +308,14 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             self.children[i].learning_rate = learning_rate
 
         self._switch(
-            self.phase, lambda i: for_each_replica(set_on_child, i, learning_rate)
+            self.phase,
+            lambda i: _replicas.for_each_replica(set_on_child, i, learning_rate),
         )
 
     @property
     def variables(self) -> list[keras.Variable]:
         """The optimizer's own variables, then those of each child."""
-        variables = [*own_variables(self), self._phase_starts]
+        variables = [*_keras.own_variables(self), self._phase_starts]
         for child in self.children:
             variables.extend(child.variables)
         return variables
@@ -389,7 +357,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             return
         variables = list(variables)
         self._check_strategy()
-        check_built_on(variables, self.children, functools.partial(key_of, self))
+        _children.check_built_on(variables, self.children)
         # Keras may call this while it traces the train step, and even while it traces
         # the model for the first time. Then the weights have no values yet, which a
         # child that copies them in `build` can only take in the graph.
@@ -454,20 +422,20 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         if not grads:
             return
         if tf.distribute.has_strategy():
-            check_in_replica()
+            _replicas.check_in_replica()
             self._check_strategy()
         variables = self._variables_for(grads, trainable_variables)
         with tf.name_scope(self.name):
-            if has_several_workers():
+            if _replicas.has_several_workers():
                 self._agree_on_min_phase()
             if self.loss_scale_factor is not None:
-                grads = divide(grads, self.loss_scale_factor, variables)
-            once_across_replicas(self._apply, grads, variables)
+                grads = _gradients.divide(grads, self.loss_scale_factor, variables)
+            _replicas.once_across_replicas(self._apply, grads, variables)
 
     def _agree_on_min_phase(self) -> None:
         """Ends a phase that any worker has ended, for all of them."""
         last = self._phases.last
-        agreed = largest_of_workers(tf.minimum(self._min_phase, last), last)
+        agreed = _replicas.largest_of_workers(tf.minimum(self._min_phase, last), last)
         # It is above the last if phases were dropped after the run was saved.
         agreed = tf.maximum(tf.cast(agreed, self._min_phase.dtype), self._min_phase)
         self.assign(self._min_phase, agreed)
@@ -481,10 +449,12 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             self._update_averages()
         # One operation: `Variable.assign_add` of Keras reads and writes, and under
         # an asynchronous parameter server loses updates in between.
-        self.assign_add(call_count(self), 1)
+        self.assign_add(_keras.call_count(self), 1)
 
     def _check_strategy(self) -> None:
-        check_strategy(self.name, [call_count(one) for one in [self, *self.children]])
+        _replicas.check_strategy(
+            self.name, [_keras.call_count(one) for one in [self, *self.children]]
+        )
 
     def _variables_for(
         self, grads: list[Any], trainable_variables: Sequence[Any] | None
@@ -496,12 +466,14 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                     "optimizer is not built. Received: trainable_variables=None. "
                     "Pass the variables, or call `optimizer.build(variables)` first."
                 )
-            trainable_variables = trained_variables(self)
+            trainable_variables = _keras.trained_variables(self)
         variables = list(trainable_variables)
-        check_gradients(grads, variables)
+        _gradients.check_gradients(grads, variables)
         self.build(variables)
         unknown = [
-            variable.name for variable in variables if not is_trained(self, variable)
+            variable.name
+            for variable in variables
+            if not _keras.is_trained(self, variable)
         ]
         if unknown:
             raise ValueError(
@@ -514,10 +486,10 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     def _accumulate(self, grads: list[Any], variables: list[Any]) -> None:
         """Adds to the accumulators, or empties them into an update."""
         steps = self.gradient_accumulation_steps
-        passed = [accumulator_of(self, variable) for variable in variables]
+        passed = [_keras.accumulator_of(self, variable) for variable in variables]
 
         def sums() -> list[Any]:
-            return add_to(passed, grads, variables)
+            return _gradients.add_to(passed, grads, variables)
 
         def add() -> None:
             for accumulator, new_value in zip(passed, sums(), strict=True):
@@ -525,12 +497,12 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                     self.assign(accumulator, new_value)
 
         def update() -> None:
-            self._update(divide(sums(), steps, variables), variables)
+            self._update(_gradients.divide(sums(), steps, variables), variables)
             # All of them: this window ends for variables that were not passed, too.
-            for accumulator in accumulators(self):
+            for accumulator in _keras.accumulators(self):
                 self.assign(accumulator, tf.zeros_like(accumulator))
 
-        ends_window = (call_count(self) + 1) % steps == 0
+        ends_window = (_keras.call_count(self) + 1) % steps == 0
         switch_case(tf.cast(ends_window, tf.int32), [add, update])
 
     def _update(self, grads: list[Any], variables: list[Any]) -> None:
@@ -538,7 +510,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
 
         def update_with(i: int) -> None:
             self._retake_weight_copies(i)
-            for_each_replica(self._apply_child, i, grads, variables)
+            _replicas.for_each_replica(self._apply_child, i, grads, variables)
 
         phase = self.phase
         self._switch(phase, update_with)
@@ -548,7 +520,9 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
 
     @_not_autographed
     def _apply_child(self, i: int, grads: list[Any], variables: list[Any]) -> None:
-        self.children[i].apply(with_constant_shapes(grads, variables), variables)
+        self.children[i].apply(
+            _gradients.with_constant_shapes(grads, variables), variables
+        )
 
     def _retake_weight_copies(self, i: int) -> None:
         """Before a child's first update, copies the weights as its `build` did."""
@@ -557,7 +531,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         child = self.children[i]
         slots, is_first = child.variables, tf.equal(child.iterations, 0)
         for copied, variable in self._weight_copies[i]:
-            weight = trained_variables(self)[variable]
+            weight = _keras.trained_variables(self)[variable]
             child.assign(slots[copied], tf.where(is_first, weight, slots[copied]))
 
     def _switch(self, phase: tf.Tensor, branch: Callable[[int], Any]) -> Any:
@@ -568,14 +542,14 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         )
 
     def _update_averages(self) -> None:
-        update_averages(self)
+        _keras.update_averages(self)
         if not self.ema_overwrite_frequency:
             return
 
         def overwrite() -> None:
-            overwrite_with_averages(self)
+            _keras.overwrite_with_averages(self)
             # The average of weights on, say, a sphere is not on it.
-            for variable in trained_variables(self):
+            for variable in _keras.trained_variables(self):
                 if variable.constraint is not None:
                     self.assign(variable, variable.constraint(variable))
 
@@ -646,7 +620,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         Raises:
             ValueError: if the config is not one of a SequentialOptimizer.
         """
-        child_configs, child_of_phase = parse_config(config)
+        child_configs, child_of_phase = _children.parse_config(config)
         children = [
             # Keras edits nested configs in place.
             keras.saving.deserialize_keras_object(
