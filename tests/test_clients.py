@@ -140,7 +140,7 @@ def test_image_classifier_learns_through_the_switch(classifier_run):
     assert losses[-1] < losses[0]
     assert int(optimizer_state[0]) == EPOCHS * 10
     # Frozen, so without slots: Adam has two for each of the 4 variables that train.
-    assert len(optimizer_state) == 3 + (2 + 2 * 4) + (1 + 4)
+    assert len(optimizer_state) == 4 + (2 + 2 * 4) + (1 + 4)
 
 
 # --- a text transformer --------------------------------------------------------------

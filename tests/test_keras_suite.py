@@ -63,9 +63,6 @@ REASONS = {
         "optimizer_test.py::*::test_empty_gradients",
         "optimizer_test.py::*::test_set_weights",
     ],
-    "loads into an optimizer that is not built, which is refused on purpose": [
-        "model_checkpoint_test.py::*::test_model_checkpoint_loading",
-    ],
     "needs the package orbax-checkpoint": ["orbax_checkpoint_test.py::*"],
 }
 
