@@ -73,26 +73,33 @@ def _is_sequence(optimizer: Any) -> bool:
     return hasattr(optimizer, STATE)
 
 
-def _parts(
-    optimizer: Any, seen: frozenset[int] = frozenset()
-) -> Iterator[tuple[str, Any]]:
+def _parts(optimizer: Any, seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
     """Yields what saves and loads its own variables, with the prefix of their keys."""
+    seen = set() if seen is None else seen
+    seen.update(map(id, optimizer.variables))
     if _is_sequence(optimizer):
         yield "", _Own(optimizer)
-        inner = [(f"children/{i}", child) for i, child in enumerate(optimizer.children)]
-    else:
-        yield "", optimizer
-        seen |= {id(variable) for variable in optimizer.variables}
-        inner = [
-            (f"{name}/{i}", part)
-            for name, value in sorted(vars(optimizer).items())
-            for i, part in enumerate(value if isinstance(value, list) else [value])
-            if isinstance(part, keras.optimizers.Optimizer)
-            and not {id(variable) for variable in part.variables} <= seen
-        ]
-    for name, part in inner:
-        for prefix, one in _parts(part, seen):
-            yield f"{name}/{prefix}", one
+        for i, child in enumerate(optimizer.children):
+            for prefix, part in _parts(child, seen):
+                yield f"children/{i}/{prefix}", part
+        return
+    yield "", optimizer
+    for name, value in sorted(vars(optimizer).items()):
+        if name.startswith("_self_"):
+            continue  # What TensorFlow keeps on every object.
+        for i, inner in enumerate(_items(value)):
+            if not isinstance(inner, keras.optimizers.Optimizer):
+                continue
+            # Else it is saved already, or the sequence that this is a child of.
+            if seen.isdisjoint(map(id, inner.variables)):
+                for prefix, part in _parts(inner, seen):
+                    yield f"{name}/{i}/{prefix}", part
+
+
+def _items(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _variables_of(part: Any) -> dict[str, keras.Variable]:
@@ -727,7 +734,7 @@ class SavedState(tf.train.experimental.PythonState):
                 part.load_own_variables(new)
         except Exception:
             # A user's class may load in a way of its own, and say no.
-            for part, before in set_before:
+            for part, before in reversed(set_before):
                 part.load_own_variables(before)
             raise
 

@@ -186,6 +186,36 @@ def test_what_a_users_class_saves_is_loaded(tmp_path, built):
     assert_same(train(loaded, CALLS, 6), train(model, CALLS, 6))
 
 
+@pytest.mark.parametrize(
+    "holder", [lambda o: o, lambda o: [o], lambda o: (o,), lambda o: {"o": o}]
+)
+def test_optimizer_in_an_attribute_of_a_child_is_saved_with_it(holder):
+    class Holding(optimizers.SGD):
+        def build(self, variables):
+            if not self.built:
+                super().build(variables)
+                self.parts = holder(self.inner)
+                self.inner.build(variables)
+
+    def make():
+        child = Holding(0.1)
+        child.inner = optimizers.Adam(0.1)
+        sequence = SequentialOptimizer([child], [])
+        child.owner = sequence  # A circle must not be walked forever.
+        return sequence
+
+    variables = [keras.Variable(np.ones(2), name="w")]
+    saved, loaded, store = make(), make(), {}
+    for optimizer in (saved, loaded):
+        optimizer.build(variables)
+    saved.children[0].inner.apply([tf.ones(2)], variables)
+    saved.save_own_variables(store)
+    loaded.load_own_variables(store)
+    inner, inner_loaded = (one.children[0].inner for one in (saved, loaded))
+    assert int(inner_loaded.iterations) == 1
+    assert_same(weights_of(inner_loaded.variables), weights_of(inner.variables))
+
+
 def test_child_that_says_no_leaves_the_others(tmp_path):
     model = trained(_own_classes)
     model.optimizer.children[1].told = -1
