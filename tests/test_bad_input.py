@@ -37,11 +37,23 @@ def test_single_optimizer_that_is_no_list():
 
 
 @pytest.mark.parametrize(
-    "entry", [None, 0.1, "no such optimizer", keras.optimizers.Adam, {}, tf.Variable(1)]
+    "entry", [None, 0.1, "no such optimizer", print, {}, tf.Variable(1)]
 )
 def test_entry_that_is_no_optimizer(entry):
     with refuses("`optimizers`", "keras.optimizers.get"):
         SequentialOptimizer([entry], [])
+
+
+def test_class_is_taken_or_refused_as_keras_does():
+    # `keras.optimizers.get` takes one from Keras 3.16 on.
+    try:
+        keras.optimizers.get(keras.optimizers.Adam)
+    except ValueError:
+        with refuses("`optimizers`", "keras.optimizers.get"):
+            SequentialOptimizer([keras.optimizers.Adam], [])
+    else:
+        child = SequentialOptimizer([keras.optimizers.Adam], []).children[0]
+        assert type(child) is keras.optimizers.Adam
 
 
 def test_loss_scale_optimizer_as_a_child():
