@@ -591,15 +591,12 @@ class SavedState(tf.train.experimental.PythonState):
 
     def after_build(self) -> None:
         """Sets, or checks, what was loaded before there were variables for it."""
-        try:
-            if self._restored is not None:
-                _check_by_position(self._restored, self.layout())
-            if self._held is not None:
-                self._load(self._held["layout"].tobytes(), self._held)
-        except ValueError:
-            self._refused = True
-            raise
-        self._held = self._restored = None
+        self._refused = True  # unless all of it fits
+        if self._restored is not None:
+            _check_by_position(self._restored, self.layout())
+        if self._held is not None:
+            self._load(self._held["layout"].tobytes(), self._held)
+        self._held, self._restored, self._refused = None, None, False
 
     # --- files of Keras ---
 
@@ -642,10 +639,16 @@ class SavedState(tf.train.experimental.PythonState):
         read = _read_from(store)
         with _refusing_other_texts(text.tobytes()):
             saved = _parse(text.tobytes())
-            self._held = {"layout": text} | {
-                prefix + key: read(prefix + key, shape)
-                for prefix, layout, _ in _pairs(saved, saved)
-                for key, (_, shape) in layout["arrays"].items()
+            notes = self._notes_in(saved, lambda key, of: read(f"notes/{key}", of))
+            saved["notes"] = {key: saved["notes"][key] for key in notes}
+            self._held = {
+                "layout": np.frombuffer(json.dumps(saved).encode(), np.uint8),
+                **{f"notes/{key}": value for key, value in notes.items()},
+                **{
+                    prefix + key: read(prefix + key, shape)
+                    for prefix, layout, _ in _pairs(saved, saved)
+                    for key, (_, shape) in layout["arrays"].items()
+                },
             }
         self._refused = False
 
@@ -665,9 +668,7 @@ class SavedState(tf.train.experimental.PythonState):
                 values = self._started_afresh(read)
             else:
                 values = {key: read(old, shapes[key]) for key, old in keys.items()}
-            notes = self._notes_in(
-                saved, lambda key, shape: read(f"notes/{key}", shape)
-            )
+            notes = self._notes_in(saved, lambda key, of: read(f"notes/{key}", of))
         for prefix, part in _parts(self._optimizer):
             for key, variable in _variables_of(part).items():
                 if prefix + key in values:

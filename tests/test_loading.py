@@ -216,6 +216,18 @@ def test_optimizer_in_an_attribute_of_a_child_is_saved_with_it(holder):
     assert_same(weights_of(inner_loaded.variables), weights_of(inner.variables))
 
 
+def test_child_that_says_no_to_what_was_held_is_not_trained(tmp_path):
+    model = trained(_own_classes)
+    model.optimizer.children[1].told = "x"
+    store = {}
+    model.optimizer.save_own_variables(store)
+    loaded = make_model(_own_classes())
+    loaded.optimizer.load_own_variables(store)
+    for _ in range(2):
+        with pytest.raises(Exception, match=r"invalid literal|Create a new optimizer"):
+            train(loaded, 0, 1)
+
+
 def test_child_that_says_no_leaves_the_others(tmp_path):
     model = trained(_own_classes)
     model.optimizer.children[1].told = -1

@@ -748,6 +748,18 @@ def test_notes_survive_a_keras_file(noted):
     assert_notes(restored, notes)
 
 
+def test_notes_are_held_until_the_optimizer_is_built(noted):
+    optimizer, notes = noted
+    store = {}
+    optimizer.save_own_variables(store)
+    restored = make_sgds((None,))
+    for key, note in notes.items():
+        restored.notes[key] = np.zeros_like(note)
+    restored.load_own_variables(store)
+    restored.build([tf.Variable([0.5])])
+    assert_notes(restored, notes)
+
+
 def test_file_without_notes_empties_them(noted):
     optimizer, _ = noted
     store = {}
