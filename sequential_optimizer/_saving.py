@@ -136,7 +136,7 @@ def _layout_of(optimizer: Any, settings: dict[str, Any]) -> Layout:
     }
     return {
         "class": _class_of(optimizer),
-        "name": optimizer.name,
+        "name": _name_of(optimizer),
         "settings": settings,
         "arrays": arrays,
         "children": [],
@@ -151,6 +151,15 @@ def _class_of(optimizer: Any) -> str:
     # Keras moves its modules.
     module = "keras" if cls.__module__.startswith("keras.") else cls.__module__
     return f"{module}>{cls.__qualname__}"
+
+
+def _name_of(optimizer: Any) -> str | None:
+    """Returns the name, but for one that Keras may have made, and counted on."""
+    name, class_name = (
+        re.sub(r"_|\d+$", "", text).lower()
+        for text in (optimizer.name, type(optimizer).__name__)
+    )
+    return None if name == class_name else optimizer.name
 
 
 def _settings_of(optimizer: Any) -> dict[str, Any]:
@@ -200,7 +209,13 @@ def _refusing_other_texts(text: bytes) -> Iterator[None]:
         ) from error
 
 
-_TYPES = {"class": str, "name": str, "settings": dict, "arrays": dict, "children": list}
+_TYPES: dict[str, Any] = {
+    "class": str,
+    "name": str | None,
+    "settings": dict,
+    "arrays": dict,
+    "children": list,
+}
 _TYPES_OF_SEQUENCE = _TYPES | {
     "child_of_phase": list,
     "phase_starts": list,
@@ -288,7 +303,7 @@ def _counts(what: str, i: int, saved: Layout, now: Layout) -> bool:
     before, child = saved["children"][i], now["children"][i]
     if what == "class":
         return True
-    both_named = not (_is_automatic(before) or _is_automatic(child))
+    both_named = before["name"] is not None and child["name"] is not None
     if what == "name" or both_named:
         return what == "name" and both_named
     # Settings may be edited, unless the child may be another of its class.
@@ -301,13 +316,6 @@ def _counts(what: str, i: int, saved: Layout, now: Layout) -> bool:
         or child["settings"] in before_all
         or before["settings"] in now_all
     )
-
-
-def _is_automatic(layout: Layout) -> bool:
-    """Whether Keras may have made the name, counting what was created before."""
-    class_name = re.split(r"[>.]", layout["class"])[-1].lower()
-    name = re.sub(r"_?\d*$", "", layout["name"])
-    return name.replace("_", "").lower() == class_name
 
 
 def _described(layout: Layout) -> str:
@@ -332,8 +340,9 @@ def _check_variables(saved: Layout, now: Layout) -> None:
             raise ValueError(
                 "The variables of an optimizer must be those that were saved. "
                 f"Received: {len(old)} arrays for {len(new)} variables of "
-                f"`{current['name']}`; different: {different[:3]}. Create it with the "
-                "arguments that it was saved with, on the same model."
+                f"`{current['name'] or current['class']}`; different: "
+                f"{different[:3]}. Create it with the arguments that it was saved "
+                "with, on the same model."
             )
 
 
@@ -562,7 +571,7 @@ class SavedState(tf.train.experimental.PythonState):
         return {
             "version": _VERSION,
             "class": _class_of(optimizer),
-            "name": optimizer.name,
+            "name": _name_of(optimizer),
             "settings": {},
             "arrays": _arrays_of(_Own(optimizer)),
             "children": [_layout_of(child, settings) for child, settings in children],

@@ -249,6 +249,25 @@ def test_last_child_is_told_from_the_last_phase(saved, name):
     assert model.optimizer.phase_starts.tolist() == [0, 1, -1]
 
 
+@keras.saving.register_keras_serializable(package="tests", name="Registered")
+class _MyAdam2(optimizers.Adam):
+    """Its automatic name says neither the registered name nor all of the class's."""
+
+
+@pytest.mark.parametrize("name", ["weights_h5", "checkpoint"])
+def test_automatic_names_of_any_class_do_not_count(saved, name):
+    def make():
+        return SequentialOptimizer([_MyAdam2(0.05), _sgd()], [BOUNDARY])
+
+    run, folder = saved(name, "my_adam", make)
+    _MyAdam2(0.05)
+    model = _prepared(name, make())
+    child, child_run = (one.optimizer.children[0] for one in (model, run))
+    assert child.name != child_run.name
+    FORMATS[name].load(model, folder)
+    assert_same(state_of(model), state_of(run))
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_settings_of_an_only_child_may_be_edited(saved, name):
     _, folder = saved(name, "adam_sgd", adam_sgd)
@@ -339,7 +358,7 @@ REFUSED = {
     "more_variables_in_a_child": Refused(
         adam_sgd,
         lambda: SequentialOptimizer([_adam(amsgrad=True), _sgd()], [BOUNDARY]),
-        "10 arrays for 14 variables of `adam",
+        "10 arrays for 14 variables of `keras>Adam`",
     ),
     "ema_added": Refused(
         adam_sgd, lambda: adam_sgd(use_ema=True), "`use_ema` must be what it was"

@@ -314,7 +314,7 @@ def _slots(*kinds):
 LAYOUT = {
     "version": 1,
     "class": "sequential_optimizer>SequentialOptimizer",
-    "name": "sequential_optimizer",
+    "name": None,  # one that Keras made
     "settings": {},
     "arrays": {
         "0": _array("iteration"),
