@@ -8,7 +8,9 @@ changed.
 A name that Keras made up (`adam_1`) counts for nothing, because it depends on what else
 the process created. Children of one class without names of their own are told apart by
 the settings that they were created with; if those were edited *and* the children moved,
-nothing is left to tell them apart by. So name them: `Adam(1e-4, name="late")`.
+nothing is left to tell them apart by. So name them: `Adam(1e-4, name="late")`. Layers
+are told apart by their paths, in which Keras' numbers may have moved on by as much for
+all of a class: if other layers of equal shapes are trained than were, name those, too.
 
 **The file format**, version 1: a layout and arrays.
 
@@ -90,7 +92,7 @@ def _parts(optimizer: Any, seen: set[int] | None = None) -> Iterator[tuple[str, 
         for i, inner in enumerate(_items(value)):
             if not isinstance(inner, keras.optimizers.Optimizer):
                 continue
-            # Else it is saved already, or the sequence that this is a child of.
+            # Not one that is saved already, nor the sequence that this is a child of.
             if seen.isdisjoint(map(id, inner.variables)):
                 for prefix, part in _parts(inner, seen):
                     yield f"{name}/{i}/{prefix}", part
@@ -126,12 +128,12 @@ def _arrays_of(part: Any) -> dict[str, tuple[str, list[int]]]:
     return {key: ("", list(value.shape)) for key, value in _saved_by(part).items()}
 
 
-def _layout_of(optimizer: Any, settings: dict[str, Any]) -> Layout:
+def _layout_of(optimizer: Any, settings: dict[str, Any], seen: set[int]) -> Layout:
     if _is_sequence(optimizer):
-        return getattr(optimizer, STATE).layout()
+        return getattr(optimizer, STATE).layout(seen)
     arrays = {
         prefix + key: array
-        for prefix, part in _parts(optimizer)
+        for prefix, part in _parts(optimizer, seen)
         for key, array in _arrays_of(part).items()
     }
     return {
@@ -154,7 +156,7 @@ def _class_of(optimizer: Any) -> str:
 
 
 def _name_of(optimizer: Any) -> str | None:
-    """Returns the name, but for one that Keras may have made, and counted on."""
+    """Returns the name, or `None` if Keras may have made it up (`adam_1`)."""
     name, class_name = (
         re.sub(r"_|\d+$", "", text).lower()
         for text in (optimizer.name, type(optimizer).__name__)
@@ -163,16 +165,21 @@ def _name_of(optimizer: Any) -> str | None:
 
 
 def _settings_of(optimizer: Any) -> dict[str, Any]:
-    """Returns the config of an optimizer in JSON, without its name."""
+    """Returns the config of an optimizer as JSON knows it, without any names."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # A `lambda` is not going to be loaded.
-            config = optimizer.get_config()
+            config = json.dumps(
+                optimizer.get_config(), default=lambda value: type(value).__name__
+            )
     except Exception:  # noqa: BLE001
         # A user's class may have no config, and is trained and saved without one.
         return {}
-    config = {key: value for key, value in config.items() if key != "name"}
-    return json.loads(json.dumps(config, default=lambda value: type(value).__name__))
+    return json.loads(config, object_hook=_without_name)
+
+
+def _without_name(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key != "name"}
 
 
 def _trained_by(optimizer: Any) -> list[tuple[str, str]]:
@@ -235,7 +242,7 @@ def _parse(text: bytes) -> Layout:
 
 
 def _check_form(layout: Layout, is_sequence: bool) -> None:
-    """Raises, of the errors that `_refusing_other_texts` takes, one."""
+    """Raises one of the errors that `_refusing_other_texts` converts."""
     for key, type_ in (_TYPES_OF_SEQUENCE if is_sequence else _TYPES).items():
         if not isinstance(layout[key], type_):
             raise TypeError(key)
@@ -292,7 +299,9 @@ def _check_rule(saved: Layout, now: Layout) -> None:
                     f"of child {i}: {before[what]!s:.200}, now {child[what]!s:.200}. "
                     "Load it into the sequence that was saved, and build the new one "
                     "from its children. To edit the settings of one of several "
-                    "children of a class, give each a `name`."
+                    "children of a class, first give each a `name`, such as "
+                    '"late"; to move a class, first register it with '
+                    "`keras.saving.register_keras_serializable`."
                 )
         if "child_of_phase" in child:
             _check_rule(before, child)
@@ -323,7 +332,7 @@ def _described(layout: Layout) -> str:
     return f"children {names} in phases {layout['child_of_phase']}"
 
 
-def _check_variables(saved: Layout, now: Layout) -> None:
+def _check_variables(saved: Layout, now: Layout, in_order: bool = True) -> None:
     """Raises if the variables of an optimizer, or of a child, differ."""
     for _, before, current in _pairs(saved, now):
         old = {key: shape for key, (_, shape) in before["arrays"].items()}
@@ -331,6 +340,9 @@ def _check_variables(saved: Layout, now: Layout) -> None:
         if saved["trained"] is None:
             # Saved before `build`, which adds variables to those that there are.
             new = {key: shape for key, shape in new.items() if key in old}
+        if not in_order:
+            old = {str(i): shape for i, shape in enumerate(sorted(old.values()))}
+            new = {str(i): shape for i, shape in enumerate(sorted(new.values()))}
         if old != new:
             different = [
                 f"{key}: {old.get(key, 'missing')}, now {new.get(key, 'missing')}"
@@ -353,7 +365,7 @@ def _warn_of_changes(saved: Layout, now: Layout) -> None:
                 f"A `SequentialOptimizer` saved with {_described(before)} is loaded "
                 f"into one with {_described(current)}. Its iterations, and the "
                 "children that both have, continue where they were; a child that was "
-                "not saved starts afresh.",
+                "not saved stays as it is.",
                 stacklevel=2,
             )
 
@@ -441,7 +453,7 @@ def _keys_in_order(
     name does not tell, which a user's class may choose freely.
     """
     before, current = (
-        [path.replace("/", "_") + "_" for path, _ in layout["trained"]]
+        [re.sub("[/:]", "_", path) + "_" for path, _ in layout["trained"]]
         for layout in (saved, now)
     )
     starts = {start: before[i] for start, i in zip(current, order, strict=True)}
@@ -479,8 +491,8 @@ def _read_from(store: Any) -> Read:
             pass  # There is no such array that can be read.
         raise ValueError(
             "The file must have the arrays that its layout lists. Received: "
-            f"{stored or 'nothing that can be read'} as the shape of `{key}`, for "
-            f"{shape}. The file is damaged: load an earlier one."
+            f"{'nothing that can be read' if stored is None else stored} as the shape "
+            f"of `{key}`, for {shape}. The file is damaged: load an earlier one."
         )
 
     return read
@@ -552,7 +564,8 @@ class SavedState(tf.train.experimental.PythonState):
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
-        self._settings = [
+        # With which the children were created; a config says with which they are now.
+        self.settings = [
             {} if _is_sequence(child) else _settings_of(child)
             for child in optimizer.children
         ]
@@ -565,16 +578,22 @@ class SavedState(tf.train.experimental.PythonState):
         self._dependencies: Any = None
         self._is_foreign = False
 
-    def layout(self) -> Layout:
+    def layout(self, seen: set[int] | None = None) -> Layout:
         optimizer = self._optimizer
-        children = zip(optimizer.children, self._settings, strict=True)
+        # As in `_parts`: what several children share is saved with the first.
+        seen = set() if seen is None else seen
+        seen.update(map(id, optimizer.variables))
+        children = [
+            _layout_of(child, settings, seen)
+            for child, settings in zip(optimizer.children, self.settings, strict=True)
+        ]
         return {
             "version": _VERSION,
             "class": _class_of(optimizer),
             "name": _name_of(optimizer),
             "settings": {},
             "arrays": _arrays_of(_Own(optimizer)),
-            "children": [_layout_of(child, settings) for child, settings in children],
+            "children": children,
             "child_of_phase": list(optimizer.child_of_phase),
             "phase_starts": optimizer.phase_starts.tolist(),
             "trained": _trained_by(optimizer) if optimizer.built else None,
@@ -629,7 +648,7 @@ class SavedState(tf.train.experimental.PythonState):
                 raise not_saved_from_one(f"the {len(keys)} variables of another")
             warnings.warn(
                 f"Skipping variable loading for `{self._optimizer.name}`, because the "
-                f"file holds {'those of another' if keys else 'no variables of this'} "
+                f"file holds {'the variables of another' if keys else 'none of an'} "
                 "optimizer.",
                 stacklevel=3,
             )
@@ -677,6 +696,9 @@ class SavedState(tf.train.experimental.PythonState):
                 values = self._started_afresh(read)
             else:
                 values = {key: read(old, shapes[key]) for key, old in keys.items()}
+            if saved["trained"] is None:
+                # Saved before `build`, so there was nothing else.
+                values = self._started_afresh(read) | values
             notes = self._notes_in(saved, lambda key, of: read(f"notes/{key}", of))
         for prefix, part in _parts(self._optimizer):
             for key, variable in _variables_of(part).items():
@@ -697,7 +719,10 @@ class SavedState(tf.train.experimental.PythonState):
                 for prefix, optimizer, _ in _pairs(saved, now)
                 for key in optimizer["arrays"]
             }
-        keys = None if order is None else _keys_in_order(saved, now, order)
+        keys = None
+        if order is not None:
+            _check_variables(saved, now, in_order=False)
+            keys = _keys_in_order(saved, now, order)
         if keys is None:
             warnings.warn(
                 "The variables that the model trains are not those that it trained "
@@ -710,7 +735,7 @@ class SavedState(tf.train.experimental.PythonState):
         return keys
 
     def _started_afresh(self, read: Read) -> Arrays:
-        """Returns the counters of a file, and what else has just been built."""
+        """Returns the saved counters, and fresh values for everything else."""
         optimizer = self._optimizer
         values = {key: read(key, ()) for key in ("0", "1", "2")}
         keys = {id(v): str(i) for i, v in enumerate(_keras.own_variables(optimizer))}
@@ -718,7 +743,7 @@ class SavedState(tf.train.experimental.PythonState):
         for average, variable in zip(
             _keras.moving_averages(optimizer), trained, strict=False
         ):
-            # It starts with the first update, which this is no more.
+            # Keras sets it at update 0, which is over: it starts from the weights.
             if average is not None:
                 values[keys[id(average)]] = variable.numpy()
         if steps := optimizer.gradient_accumulation_steps:
@@ -836,7 +861,7 @@ class SavedState(tf.train.experimental.PythonState):
             if self._is_foreign:
                 warnings.warn(
                     f"Skipping variable loading for `{self._optimizer.name}`, because "
-                    "the checkpoint holds those of another optimizer.",
+                    "the checkpoint holds the variables of another optimizer.",
                     stacklevel=3,
                 )
         return self._is_foreign
@@ -863,6 +888,12 @@ class Commit(tf.Module):
 def _check_by_position(saved: Layout, now: Layout) -> None:
     """Raises unless TensorFlow will put all variables where they belong."""
     _check_rule(saved, now)
+    if saved["trained"] is None and max(now["phase_starts"]) >= 0:
+        raise ValueError(
+            "A checkpoint that was saved before the optimizer was built must be "
+            "restored into an optimizer that has not trained. Received: "
+            f"phase_starts={now['phase_starts']}. Create a new optimizer."
+        )
     order = _order_of(saved, now)
     if order is None or order != sorted(order):
         raise ValueError(

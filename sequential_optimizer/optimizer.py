@@ -587,8 +587,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     def get_config(self) -> dict[str, Any]:
         """Returns what `from_config` creates the same optimizer from, without state.
 
-        `optimizers` holds each child once, and `child_of_phase` for each phase the
-        index of its child.
+        `optimizers` holds each child once, `child_of_phase` for each phase the index
+        of its child, and `settings` what the children were first created with.
         """
         return {
             "name": self.name,
@@ -596,6 +596,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                 keras.saving.serialize_keras_object(child) for child in self.children
             ],
             "child_of_phase": list(self.child_of_phase),
+            "settings": self._saved_state.settings,
             "boundaries": list(self.boundaries),
             "use_ema": self.use_ema,
             "ema_momentum": self.ema_momentum,
@@ -628,9 +629,14 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             )
             for child in child_configs
         ]
-        arguments = {key: config[key] for key in config.keys() - {"child_of_phase"}}
+        ours = {"child_of_phase", "settings"}
+        arguments = {key: config[key] for key in config.keys() - ours}
         arguments["optimizers"] = [children[i] for i in child_of_phase]
-        return cls(**arguments)
+        optimizer = cls(**arguments)
+        settings = config.get("settings")
+        if isinstance(settings, list) and len(settings) == len(children):
+            optimizer._saved_state.settings = copy.deepcopy(settings)
+        return optimizer
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Sets the values of `variables`, those of the children included.

@@ -153,10 +153,10 @@ def _begins_of_phases(
         if i == 0 or phase != phases[i - 1]
     ]
     counts, sequence = columns.get("iterations", []), _sequence_of(history)
-    if sequence is None or len(counts) != len(epochs):
+    if sequence is None or len(counts) != len(epochs) or len(counts) < 2:
         return by_epoch
-    # The first epoch has made as many updates as the second, or all that there are.
-    before = max(2 * counts[0] - counts[1], 0) if len(counts) > 1 else 0
+    # The first epoch has made as many updates as the second.
+    before = max(2 * counts[0] - counts[1], 0)
     edges = [left, *(epoch + 0.5 for epoch in epochs)]
     begins = [
         (float(np.interp(start, [before, *counts], edges)), phase)
@@ -166,10 +166,10 @@ def _begins_of_phases(
     last_of_epoch = [
         max((k for x, k in begins if x < right), default=-1) for right in edges[1:]
     ]
-    if last_of_epoch != phases:
+    firsts = [i for i, (x, _) in enumerate(begins) if x == left]
+    if last_of_epoch != phases or not firsts:
         return by_epoch  # The optimizer has been trained, or exchanged, since.
-    first = max(i for i, (x, _) in enumerate(begins) if x == left)
-    return begins[first:]
+    return begins[firsts[-1] :]
 
 
 def _shade_phases(

@@ -121,6 +121,23 @@ def _two_adams(*settings):
     return SequentialOptimizer(adams, [3, 5][: len(adams) - 1])
 
 
+class Wrapper(optimizers.SGD):
+    """A user's own, whose config holds another optimizer, with a counted name."""
+
+    def __init__(self, inner, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = inner
+
+    def get_config(self):
+        inner = keras.saving.serialize_keras_object(self.inner)
+        return {**super().get_config(), "inner": inner}
+
+
+def _two_wrapped(*settings):
+    keras.utils.clear_session(free_memory=False)
+    return SequentialOptimizer([Wrapper(_adam(**one)) for one in settings], [3])
+
+
 FAST, SLOW = {"rate": 0.05}, {"rate": 0.001, "beta_1": 0.5}
 
 
@@ -353,6 +370,11 @@ REFUSED = {
     "settings_edited_and_one_dropped": Refused(
         lambda: _two_adams(FAST, SLOW),
         lambda: _two_adams({"rate": 0.002}),
+        "another settings of child 0",
+    ),
+    "wrapped_settings_swapped": Refused(
+        lambda: _two_wrapped(FAST, SLOW),
+        lambda: _two_wrapped(SLOW, FAST),
         "another settings of child 0",
     ),
     "more_variables_in_a_child": Refused(

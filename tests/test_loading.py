@@ -216,6 +216,71 @@ def test_optimizer_in_an_attribute_of_a_child_is_saved_with_it(holder):
     assert_same(weights_of(inner_loaded.variables), weights_of(inner.variables))
 
 
+@pytest.mark.parametrize("built", [True, False], ids=["built", "unbuilt"])
+def test_optimizer_that_children_share_is_saved_once(built):
+    # The layout listed it twice, and the file could never be loaded.
+    def make():
+        shared = optimizers.Adam(0.05)
+        return SequentialOptimizer(
+            [Lookahead(shared, name="a"), Lookahead(shared, name="b")], [BOUNDARY]
+        )
+
+    variables = [keras.Variable(np.ones(2), name="w")]
+    saved, loaded, store = make(), make(), {}
+    for _ in range(CALLS):
+        saved.apply([tf.ones(2)], variables)
+    saved.save_own_variables(store)
+    if built:
+        loaded.build(variables)
+    loaded.load_own_variables(store)
+    loaded.build(variables)
+    inner, inner_loaded = (one.children[1].inner for one in (saved, loaded))
+    assert int(inner_loaded.iterations) == CALLS
+    assert_same(weights_of(inner_loaded.variables), weights_of(inner.variables))
+
+
+def test_file_from_before_build_resets_what_has_trained(tmp_path):
+    # Its counters were once loaded, and the moments stayed.
+    kwargs = {"use_ema": True}
+    model = make_model(adam_sgd(**kwargs))
+    model.save_weights(tmp_path / "start.weights.h5")
+    expected = train(model, 0, 6)
+    model.load_weights(tmp_path / "start.weights.h5")
+    assert_same(train(model, 0, 6), expected)
+
+
+def test_checkpoint_from_before_build_is_refused_by_what_has_trained(tmp_path):
+    save_checkpoint(make_model(adam_sgd()), tmp_path)
+    model = trained()
+    before = state_of(model)
+    checkpoint = tf.train.Checkpoint(model=model)
+    with pytest.raises(ValueError, match="saved before the optimizer was built"):
+        checkpoint.read(checkpoint_in(tmp_path))
+    assert_same(state_of(model), before)
+    fresh = build(make_model(adam_sgd()))
+    tf.train.Checkpoint(model=fresh).read(checkpoint_in(tmp_path))
+    assert_same(train(fresh, 0, 6), train(make_model(adam_sgd()), 0, 6))
+
+
+def test_learning_rate_set_in_the_run_makes_no_other_child(tmp_path):
+    # In the file the first then looks like the second, and refused its own file.
+    def make():
+        keras.utils.clear_session(free_memory=False)
+        adams = [optimizers.Adam(0.05), optimizers.Adam(0.01)]
+        return SequentialOptimizer(adams, [BOUNDARY])
+
+    model = make_model(make())
+    train(model, 0, 2)
+    model.optimizer.learning_rate = 0.01
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert_same(state_of(loaded), state_of(model))
+    loaded.save_weights(tmp_path / "again.weights.h5")
+    again = build(make_model(make()))
+    again.load_weights(tmp_path / "again.weights.h5")
+    assert_same(state_of(again), state_of(model))
+
+
 def test_child_that_says_no_to_what_was_held_is_not_trained(tmp_path):
     model = trained(_own_classes)
     model.optimizer.children[1].told = "x"
