@@ -124,8 +124,8 @@ def _two_adams(*settings):
 class Wrapper(optimizers.SGD):
     """A user's own, whose config holds another optimizer, with a counted name."""
 
-    def __init__(self, inner, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, inner, name=None, **kwargs):
+        super().__init__(name=name, **kwargs)
         self.inner = inner
 
     def get_config(self):
@@ -274,10 +274,10 @@ class _MyAdam2(optimizers.Adam):
 @pytest.mark.parametrize("name", ["weights_h5", "checkpoint"])
 def test_automatic_names_of_any_class_do_not_count(saved, name):
     def make():
-        return SequentialOptimizer([_MyAdam2(0.05), _sgd()], [BOUNDARY])
+        return SequentialOptimizer([_MyAdam2(0.05, name=None), _sgd()], [BOUNDARY])
 
     run, folder = saved(name, "my_adam", make)
-    _MyAdam2(0.05)
+    _MyAdam2(0.05, name=None)
     model = _prepared(name, make())
     child, child_run = (one.optimizer.children[0] for one in (model, run))
     assert child.name != child_run.name

@@ -266,7 +266,8 @@ def test_learning_rate_set_in_the_run_makes_no_other_child(tmp_path):
     # In the file the first then looks like the second, and refused its own file.
     def make():
         keras.utils.clear_session(free_memory=False)
-        adams = [optimizers.Adam(0.05), optimizers.Adam(0.01)]
+        # Without `name`, older versions of Keras call both of them `adam`.
+        adams = [optimizers.Adam(rate, name=None) for rate in (0.05, 0.01)]
         return SequentialOptimizer(adams, [BOUNDARY])
 
     model = make_model(make())
