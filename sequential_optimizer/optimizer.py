@@ -530,9 +530,10 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             return
         child = self.children[i]
         slots, is_first = child.variables, tf.equal(child.iterations, 0)
+        weights = _keras.trained_variables(self)
         for copied, variable in self._weight_copies[i]:
-            weight = _keras.trained_variables(self)[variable]
-            child.assign(slots[copied], tf.where(is_first, weight, slots[copied]))
+            value = tf.where(is_first, weights[variable], slots[copied])
+            child.assign(slots[copied], value)
 
     def _switch(self, phase: tf.Tensor, branch: Callable[[int], Any]) -> Any:
         """Runs `branch` on the index of the child of `phase`, in the graph."""

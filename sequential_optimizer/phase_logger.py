@@ -70,7 +70,8 @@ class PhaseLogger(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         """Prints the switches in the batch, or in the steps executed with it."""
-        self._print_switches()
+        if self.verbose or self.per_batch:
+            self._print_switches()
         if self.per_batch and logs is not None:
             logs.update(self._values())
 
