@@ -110,7 +110,7 @@ def stored_shape(store: Any, key: str) -> tuple[int, ...] | None:
     return tuple(store[key].shape)
 
 
-# --- operations of TensorFlow ------------------------------------------------
+# --- graphs of TensorFlow ----------------------------------------------------
 
 # See _switch_case.py.
 PROPAGATE_CONSTANTS = "_xla_propagate_compile_time_consts"
@@ -119,3 +119,38 @@ PROPAGATE_CONSTANTS = "_xla_propagate_compile_time_consts"
 def stop_propagating_constants(operation: tf.Operation) -> None:
     """Tells XLA not to look for compile-time constants among the inputs."""
     operation._set_attr(PROPAGATE_CONSTANTS, tf.compat.v1.AttrValue(b=False))
+
+
+_SMALL = 128  # elements; TensorFlow draws the same line for eager tensors
+
+
+def repeat_constants(graph: Any) -> None:
+    """Lets a graph repeat the small constants of the graphs around it.
+
+    TensorFlow would make them inputs of the graph, where they are no constants to
+    XLA, which needs the axis of a sum, say, when it compiles.
+    """
+    capture, repeated = graph.capture, {}
+
+    def repeat_or_capture(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_small_constant(tensor, graph):
+            return capture(tensor, *args, **kwargs)
+        if id(tensor) not in repeated:
+            with graph.as_default(), tf.control_dependencies(None):
+                constant = tf.constant(tf.get_static_value(tensor), tensor.dtype)
+            repeated[id(tensor)] = constant, tensor  # which keeps its id
+        return repeated[id(tensor)][0]
+
+    graph.capture = repeat_or_capture
+
+
+def _is_small_constant(tensor: Any, graph: Any) -> bool:
+    """Whether a tensor from outside of `graph` is one."""
+    if (
+        not tensor.dtype.is_numpy_compatible
+        or (tensor.shape.num_elements() or 0) > _SMALL
+    ):
+        return False
+    if not tf.is_symbolic_tensor(tensor):
+        return True
+    return tensor.graph is not graph and tensor.op.type == "Const"

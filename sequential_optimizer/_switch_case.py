@@ -1,11 +1,12 @@
 """`tf.switch_case` that XLA compiles no slower than its branches."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from sequential_optimizer._keras import stop_propagating_constants
+from sequential_optimizer._keras import repeat_constants, stop_propagating_constants
 
 
 def switch_case(index: tf.Tensor, branches: Sequence[Callable[[], Any]]) -> Any:
@@ -13,7 +14,7 @@ def switch_case(index: tf.Tensor, branches: Sequence[Callable[[], Any]]) -> Any:
 
     As `tf.switch_case`, except that one branch alone needs no switch, and that
     `branches` must not need the value of an outer tensor at compile time (as a shape,
-    say).
+    say), unless that is a small constant.
 
     TensorFlow marks a Case op that is created anywhere inside an XLA function. XLA
     then asks of every input of the Case, every gradient of the model among them,
@@ -35,7 +36,9 @@ def switch_case(index: tf.Tensor, branches: Sequence[Callable[[], Any]]) -> Any:
         return tf.switch_case(index, list(branches))
     graph = tf.compat.v1.get_default_graph()
     operations_before = len(graph.get_operations())
-    outputs = tf.switch_case(index, list(branches))
+    outputs = tf.switch_case(
+        index, [functools.partial(_with_constants, branch) for branch in branches]
+    )
     for operation in graph.get_operations()[operations_before:]:
         if operation.type in ("Case", "StatelessCase"):
             # The only way that also works when the switch sits inside another
@@ -44,3 +47,8 @@ def switch_case(index: tf.Tensor, branches: Sequence[Callable[[], Any]]) -> Any:
             # the enclosing graphs as well.
             stop_propagating_constants(operation)
     return outputs
+
+
+def _with_constants(branch: Callable[[], Any]) -> Any:
+    repeat_constants(tf.compat.v1.get_default_graph())
+    return branch()

@@ -122,6 +122,13 @@ def test_operations_still_have_the_private_set_attr():
     assert hasattr(tf.Operation, "_set_attr")
 
 
+def test_graphs_of_functions_still_capture():
+    # `_keras.repeat_constants` replaces the method.
+    graphs = []
+    tf.function(lambda: graphs.append(tf.compat.v1.get_default_graph()))()
+    assert callable(graphs[0].capture)
+
+
 @pytest.mark.parametrize("name", ["_serialize_to_tensors", "_restore_from_tensors"])
 def test_modules_still_have_the_private_hooks_of_checkpoints(name):
     # `_saving.Commit` builds upon them.
