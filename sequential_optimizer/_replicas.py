@@ -33,7 +33,11 @@ def check_strategy(name: str, variables: Iterable[Any]) -> None:
         name: of the optimizer that they belong to, for the error.
         variables: Keras variables.
     """
-    extended = tf.distribute.get_strategy().extended
+    strategy = tf.distribute.get_strategy()
+    # One device has no copies to keep equal: Keras trains there what it finds.
+    if isinstance(strategy, tf.distribute.OneDeviceStrategy):
+        return
+    extended = strategy.extended
     if not all(extended.variable_created_in_scope(v.value) for v in variables):
         raise ValueError(
             "A `SequentialOptimizer` and its children must be created and built under "

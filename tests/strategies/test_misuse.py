@@ -39,6 +39,10 @@ def step_of(strategy, optimizer, variable):
     return step
 
 
+several_replicas = pytest.mark.skipif(NAME == "one-device", reason="no copies")
+
+
+@several_replicas
 @pytest.mark.parametrize("outside", ["parent", "children", "parent, children"])
 def test_optimizer_created_outside_of_the_scope_is_refused(strategy, outside):
     optimizer = make_sequence(strategy, outside)
@@ -50,12 +54,31 @@ def test_optimizer_created_outside_of_the_scope_is_refused(strategy, outside):
     np.testing.assert_array_equal(variable.numpy(), [1, 2])
 
 
+@several_replicas
 def test_fit_with_an_optimizer_created_outside_of_the_scope_is_refused(strategy):
     with strategy.scope():
         model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile(make_sequence(strategy, "parent, children"), loss="mse")
     with pytest.raises(ValueError, match=CREATED_ELSEWHERE):
         model.fit(np.ones((8, 1)), np.ones((8, 1)), batch_size=4, verbose=0)
+
+
+# Keras trains so with a plain optimizer: on one device there is nothing to mirror.
+@pytest.mark.skipif(NAME != "one-device", reason="has copies")
+def test_optimizer_created_outside_of_one_device_trains_as_a_plain_one(strategy):
+    def fit(make_optimizer):
+        keras.utils.set_random_seed(0)
+        with strategy.scope():
+            model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+        optimizer = make_optimizer()
+        optimizer.build(model.trainable_variables)
+        model.compile(optimizer, loss="mse")
+        model.fit(np.ones((8, 1)), np.ones((8, 1)), batch_size=4, verbose=0)
+        return model.get_weights()
+
+    actual = fit(lambda: SequentialOptimizer(make_pair(), [9]))
+    for weight, expected in zip(actual, fit(lambda: make_pair()[0]), strict=True):
+        np.testing.assert_array_equal(weight, expected)
 
 
 def test_build_outside_of_the_scope_is_refused(strategy):
