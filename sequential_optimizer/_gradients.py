@@ -5,6 +5,7 @@ An entry is a tensor, a `tf.IndexedSlices` or `None`. Where the variable says so
 that is never divided, and over a window the largest counts, not the sum.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,12 @@ def check_gradients(grads: Sequence[Any], variables: Sequence[Any]) -> None:
         )
 
 
+def computed_first(grads: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which all operations of a graph wait for the gradients."""
+    parts = tf.nest.flatten(list(grads), expand_composites=True)
+    return tf.control_dependencies([p for p in parts if tf.is_symbolic_tensor(p)])
+
+
 def divide(grads: Sequence[Any], divisor: float, variables: Sequence[Any]) -> list[Any]:
     """Divides every gradient by `divisor`."""
     return [
@@ -46,9 +53,9 @@ def add_to(
     return [
         None
         if gradient is None
-        else keras.ops.maximum(gradient, accumulator)
+        else tf.maximum(gradient, accumulator)
         if _is_new_value(variable)
-        else keras.ops.add(gradient, accumulator)
+        else tf.add(gradient, accumulator)
         for gradient, variable, accumulator in zip(
             grads, variables, accumulators, strict=True
         )
@@ -68,6 +75,7 @@ def with_constant_shapes(grads: Sequence[Any], variables: Sequence[Any]) -> list
             tf.constant(tuple(variable.shape), tf.int64),
         )
         if isinstance(gradient, tf.IndexedSlices)
+        and tf.TensorShape(variable.shape).is_fully_defined()
         else gradient
         for gradient, variable in zip(grads, variables, strict=True)
     ]
