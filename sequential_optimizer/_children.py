@@ -1,6 +1,8 @@
 """Checks of the child optimizers that a SequentialOptimizer is given."""
 
 import copy
+import itertools
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -61,13 +63,14 @@ def _get_child(identifier: Any) -> keras.optimizers.Optimizer:
             "`LossScaleOptimizer(SequentialOptimizer(...))`, with "
             "`inner_optimizer` of the one you have among the children."
         )
-    if child.loss_scale_factor is not None:
+    if type(child).apply_gradients is not keras.optimizers.Optimizer.apply_gradients:
         raise ValueError(
-            "A child in `optimizers` may not have a `loss_scale_factor`, because the "
-            "loss is scaled once for all of them. Received: "
-            f"loss_scale_factor={child.loss_scale_factor} on `{child.name}`. "
-            "Instead, set `loss_scale_factor` on the SequentialOptimizer."
+            "A child in `optimizers` may not override `apply_gradients`, because a "
+            "SequentialOptimizer calls its `apply`. Received: "
+            f"`{type(child).__name__}`, which does. Override `apply` instead, with the "
+            "same code: Keras' own `apply_gradients` calls it."
         )
+    check_loss_scale([child])
     return child
 
 
@@ -78,6 +81,18 @@ def _no_optimizer(identifier: Any) -> ValueError:
         f"`{type(identifier).__name__}`. Pass an instance, such as "
         "`keras.optimizers.Adam(1e-3)`."
     )
+
+
+def check_loss_scale(children: Iterable[keras.optimizers.Optimizer]) -> None:
+    """Raises ValueError if a child would divide gradients that are divided already."""
+    for child in children:
+        if child.loss_scale_factor is not None:
+            raise ValueError(
+                "A child in `optimizers` may not have a `loss_scale_factor`, because "
+                "the loss is scaled once for all of them. Received: "
+                f"loss_scale_factor={child.loss_scale_factor} on `{child.name}`. "
+                "Instead, set `loss_scale_factor` on the SequentialOptimizer."
+            )
 
 
 def parse_config(config: Any) -> tuple[list[Any], list[int]]:
@@ -121,6 +136,14 @@ def distinct(
     # Told apart by identity: two equal instances are two children.
     children = list({id(child): child for child in optimizers}.values())
     indices = {id(child): i for i, child in enumerate(children)}
+    for child, following in itertools.pairwise(optimizers):
+        if child is following:
+            warnings.warn(
+                "At a boundary between the same instance in `optimizers` nothing "
+                f"changes. Received: `{child.name}` twice in a row. Pass another "
+                "instance to start afresh, or leave out the boundary.",
+                stacklevel=3,
+            )
     return children, tuple(indices[id(child)] for child in optimizers)
 
 

@@ -61,6 +61,18 @@ class Phases:
             return phase
         return tf.gather(tf.constant(self.child_of_phase, tf.int32), phase)
 
+    def parse(self, phase: Any) -> int | None:
+        """Returns the phase that `advance(to=phase)` names, or raises ValueError."""
+        if phase is None:
+            return None
+        is_index = isinstance(phase, int | np.integer) and not isinstance(phase, bool)
+        if not is_index or not 0 <= phase <= self.last:
+            raise ValueError(
+                f"`to` must be the index of a phase, an integer from 0 to {self.last}. "
+                f"Received: to={phase!r}. Pass `None` for the phase after this one."
+            )
+        return int(phase)
+
     def starts_after(self, starts: Any, phase: tf.Tensor, iterations: Any) -> tf.Tensor:
         """Returns for each phase the iteration of its first update, or -1.
 

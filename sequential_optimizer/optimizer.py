@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -182,9 +183,28 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             # its own, and then track a variable that belongs to a child.
             object.__setattr__(self, name, value)
             return
+        if name == "boundaries" or (name == "children" and hasattr(self, "children")):
+            raise AttributeError(
+                f"`{name}` of a `SequentialOptimizer` cannot be changed, because every "
+                f"graph and every saved state depend on it. Received: {value!r:.200}. "
+                "Call `advance()` to end a phase early, or create another optimizer "
+                "and load what this one saved."
+            )
         if name in _children.CHILD_SETTINGS:
             _children.check_settings({name: value})
         super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        children = [
+            repr(child)
+            if isinstance(child, SequentialOptimizer)
+            else f"{type(child).__name__}(name={child.name!r})"
+            for child in (self.children[i] for i in self.child_of_phase)
+        ]
+        return (
+            f"{type(self).__name__}([{', '.join(children)}], "
+            f"boundaries={list(self.boundaries)})"
+        )
 
     # --- look ----------------------------------------------------------------
 
@@ -241,50 +261,56 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         return self.children[int(self._phases.child(self.phase))]
 
     @_not_autographed
-    def advance(self) -> tf.Tensor:
-        """Ends the current phase at the current iteration.
+    def advance(self, to: int | None = None) -> None:
+        """Ends the current phase, or every phase before `to`, at this iteration.
 
-        Does nothing in the last phase. Works in eager and in graph code, in
-        `tf.cond`, `tf.while_loop` and under XLA. The ended phase stays ended when
-        the optimizer is saved and loaded.
+        Does nothing in the last phase, or if phase `to` has begun already: a callback
+        that may run twice, as in an epoch that is resumed, says which phase it means.
+        Works in eager and in graph code, in `tf.cond`, `tf.while_loop` and under XLA.
+        A phase that was ended stays ended when the optimizer is saved and loaded.
 
         Under `tf.distribute`, call it outside of `strategy.run(...)`, or in every
         replica alike. If one worker of a `MultiWorkerMirroredStrategy` calls it,
         all of them switch before their next update; until then only that worker
         knows, so save after it.
 
-        Returns:
-            The new phase, a scalar int32 tensor.
+        Args:
+            to: int, index of the phase that is to run, or `None` (the default) for the
+                one after the current phase.
 
         Raises:
+            ValueError: if there is no phase `to`.
             RuntimeError: in a conditional or a loop inside of one of several
                 replicas, which would have to decide alike.
         """
-        new_phase = tf.minimum(self.phase + 1, self._phases.last)
-        _replicas.once_across_replicas(self._end_phase)
-        return new_phase
+        _replicas.once_across_replicas(self._end_phases, self._phases.parse(to))
 
-    def _end_phase(self) -> None:
+    def _end_phases(self, to: int | None) -> None:
         phase = self.phase
-        new_phase = tf.cast(phase + 1, self._min_phase.dtype)
-        is_last = tf.equal(phase, self._phases.last)
-        self.assign(self._min_phase, tf.where(is_last, self._min_phase, new_phase))
+        target = phase + 1 if to is None else tf.constant(to, phase.dtype)
+        ends = tf.logical_and(phase < target, target <= self._phases.last)
+        target = tf.cast(target, self._min_phase.dtype)
+        self.assign(self._min_phase, tf.where(ends, target, self._min_phase))
 
     @property
     @_not_autographed
     def learning_rate(self) -> Any:
         """The learning rate of the current phase's child.
 
-        A variable or a scalar float tensor. Setting it sets the active child's: a
-        number, in eager or in graph code, or outside of graphs anything else that
-        the child takes. A child that was created with a `LearningRateSchedule`
+        A variable or a scalar float tensor; in a graph it is NaN for a child that has
+        several rates (`MultiOptimizer`). Setting it sets the active child's: a number,
+        in eager or in graph code, or outside of graphs anything else that the child
+        takes. A child that was created with a `LearningRateSchedule`
         raises `TypeError` when a number is set, as it does on its own.
         """
         if tf.executing_eagerly():
             return self.active_child().learning_rate
         return self._switch(
             self.phase,
-            lambda i: tf.cast(self.children[i].learning_rate, keras.config.floatx()),
+            lambda i: tf.cast(
+                getattr(self.children[i], "learning_rate", math.nan),
+                keras.config.floatx(),
+            ),
         )
 
     @learning_rate.setter
@@ -353,6 +379,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                 before.
         """
         self._saved_state.check_not_refused()
+        _children.check_loss_scale(self.children)
         if self.built:
             return
         variables = list(variables)
@@ -386,16 +413,6 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     #                          -> write down the child and the start of the phase
 
     @_not_autographed
-    def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> tf.Tensor:
-        """Applies pairs (gradient, variable); see `apply`. Returns `iterations`."""
-        grads_and_vars = list(grads_and_vars)
-        self.apply(
-            [gradient for gradient, _ in grads_and_vars],
-            [variable for _, variable in grads_and_vars],
-        )
-        return self.iterations
-
-    @_not_autographed
     def apply(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None
     ) -> None:
@@ -425,7 +442,9 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             _replicas.check_in_replica()
             self._check_strategy()
         variables = self._variables_for(grads, trainable_variables)
-        with tf.name_scope(self.name):
+        # The counters wait for the gradients: the step that finds the end of a dataset
+        # of unknown size has none, and must not count.
+        with tf.name_scope(self.name), _gradients.computed_first(grads):
             if _replicas.has_several_workers():
                 self._agree_on_min_phase()
             if self.loss_scale_factor is not None:
@@ -471,7 +490,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         _gradients.check_gradients(grads, variables)
         self.build(variables)
         unknown = [
-            variable.name
+            getattr(variable, "path", variable.name)
             for variable in variables
             if not _keras.is_trained(self, variable)
         ]

@@ -117,7 +117,7 @@ def advance_after(*calls: tuple[int, int]) -> Callable[..., None]:
 
 
 def advance_on_signal(optimizer: Any, signal: tf.Tensor) -> None:
-    tf.cond(signal > 0, optimizer.advance, lambda: optimizer.phase)
+    tf.cond(signal > 0, optimizer.advance, lambda: None)
 
 
 def advance_in_replica_of(*workers: int) -> Callable[..., None]:
@@ -419,7 +419,7 @@ def advance_in_conditional(strategy: tf.distribute.Strategy, worker: int) -> dic
 
     def in_replica(optimizer: Any, worker: int) -> None:
         is_decided = tf.constant(worker == 1)
-        tf.cond(is_decided, optimizer.advance, lambda: optimizer.phase)
+        tf.cond(is_decided, optimizer.advance, lambda: None)
 
     step = training.make_step([optimizer], in_replica=in_replica)
     step(*make_batches(worker)[0])

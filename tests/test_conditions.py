@@ -149,7 +149,7 @@ def train_steps(optimizer, rule, jit_compile):
         phase = optimizer.phase
         optimizer.apply(gradients, weights)
         condition = rule(optimizer, loss, gradients)
-        tf.cond(condition, optimizer.advance, lambda: optimizer.phase)
+        tf.cond(condition, optimizer.advance, lambda: None)
         return phase
 
     phases = [int(train_step(x, y)) for x, y in zip(X, Y, strict=True)]
@@ -169,7 +169,7 @@ def train_loop(optimizer, rule):
             phases = tf.tensor_scatter_nd_update(phases, [[i]], [optimizer.phase])
             optimizer.apply(gradients, weights)
             condition = rule(optimizer, loss, gradients)
-            tf.cond(condition, optimizer.advance, lambda: optimizer.phase)
+            tf.cond(condition, optimizer.advance, lambda: None)
             return i + 1, phases
 
         start = [tf.constant(0), tf.zeros(STEPS, tf.int32)]
@@ -286,7 +286,7 @@ def test_condition_under_loss_scaling():
             scaled_loss = scaled.scale_loss(loss)
         gradients = tape.gradient(scaled_loss, [weight.value for weight in weights])
         scaled.apply(gradients, weights)
-        tf.cond(loss < 0.5, optimizer.advance, lambda: optimizer.phase)
+        tf.cond(loss < 0.5, optimizer.advance, lambda: None)
 
     for x, y in zip(X, Y, strict=True):
         train_step(x, y)

@@ -51,7 +51,8 @@ def test_advance_between_the_steps_switches_on_every_replica(strategy):
     variables, optimizer = make_sequence(strategy, [None])
     loop = Loop(strategy, optimizer, variables, "graph")
     loop.train(0, 2)
-    assert int(optimizer.advance()) == 1
+    optimizer.advance()
+    assert int(optimizer.phase) == 1
     loop.train(2, UPDATES)
     assert_counts(strategy, optimizer, [2, UPDATES - 2])
     with strategy.scope():
@@ -67,7 +68,8 @@ def test_advance_in_every_replica_ends_one_phase(strategy, mode):
 
     def replica(update):
         optimizer.apply(gradients_of(update), variables)
-        return optimizer.advance()
+        optimizer.advance()
+        return optimizer.phase
 
     def step(update):
         phases = strategy.run(replica, args=(update,))
@@ -104,7 +106,7 @@ def test_advance_on_a_reduced_loss_switches_where_eager_python_does(strategy):
     def step(update):
         losses = strategy.run(replica, args=(update,))
         loss = strategy.reduce(tf.distribute.ReduceOp.MEAN, losses, axis=None)
-        return tf.cond(loss < THRESHOLD, optimizer.advance, lambda: optimizer.phase)
+        tf.cond(loss < THRESHOLD, optimizer.advance, lambda: None)
 
     for update in range(UPDATES):
         step(tf.constant(update))
@@ -127,7 +129,7 @@ def make_conditional_step(strategy, action):
     @tf.function(autograph=False)
     def step(update):
         def replica(update):
-            tf.cond(update >= 2, action, lambda: tf.constant(0))
+            tf.cond(update >= 2, action, lambda: None)
 
         strategy.run(replica, args=(update,))
 
@@ -144,12 +146,11 @@ def test_replica_that_decides_alone_is_refused(strategy, what):
 
     def action():
         if what == "advance":
-            return optimizer.advance()
-        if what == "learning_rate":
+            optimizer.advance()
+        elif what == "learning_rate":
             optimizer.learning_rate = 0.5
         else:
             optimizer.apply(gradients_of(0), variables)
-        return tf.constant(0)
 
     step = make_conditional_step(strategy, action)
     with pytest.raises(RuntimeError, match=r"not in a conditional.*strategy\.run\("):
