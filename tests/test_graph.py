@@ -174,3 +174,33 @@ def test_nothing_is_public_by_accident():
     }
     # Keras' callbacks take an optimizer that has it for a MultiOptimizer.
     assert not hasattr(SequentialOptimizer(["adam"], []), "optimizers")
+
+
+def test_tflite_still_cannot_run_a_case():
+    # A converted train step fails with "Function ... is not defined": ours, and any
+    # with a `tf.switch_case`. If this fails, TFLite has operations of its own for that:
+    # see whether a model now trains on a device, and say so in the README.
+    class Module(tf.Module):
+        def __init__(self):
+            self.weight = tf.Variable([1.0, 2.0])
+
+        @tf.function(input_signature=[tf.TensorSpec([], tf.int32), tf.TensorSpec([2])])
+        def step(self, index, x):
+            def add():
+                self.weight.assign_add(x)
+
+            def subtract():
+                self.weight.assign_sub(x)
+
+            tf.switch_case(index, [add, subtract])
+            return tf.identity(self.weight)
+
+    module = Module()
+    step = module.step.get_concrete_function()
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([step], module)
+    converter.target_spec.supported_ops = [
+        tf.lite.OpsSet.TFLITE_BUILTINS,
+        tf.lite.OpsSet.SELECT_TF_OPS,
+    ]
+    converter.experimental_enable_resource_variables = True
+    assert b"FlexCase" in converter.convert()
