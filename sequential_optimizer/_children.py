@@ -30,31 +30,34 @@ def get_children(optimizers: Any) -> list[keras.optimizers.Optimizer]:
     Raises:
         ValueError: if an entry cannot be the child of a SequentialOptimizer.
     """
-    if not isinstance(optimizers, Sequence) or isinstance(optimizers, str | bytes):
+    is_list = isinstance(optimizers, Sequence) and not isinstance(
+        optimizers, str | bytes
+    )
+    if not is_list or not optimizers:
         raise ValueError(
-            "`optimizers` must be a list of optimizers. "
-            f"Received: optimizers={optimizers!r}. "
-            "For a single one, pass `optimizers=[optimizer]`."
-        )
-    if not optimizers:
-        raise ValueError(
-            "`optimizers` must hold at least one optimizer. "
-            f"Received: optimizers={optimizers!r}. "
-            "Pass the optimizers in the order of their phases."
+            "`optimizers` must be a list of at least one optimizer. "
+            f"Received: optimizers={optimizers!r}. Pass the optimizers in the order of "
+            "their phases, `[optimizer]` for a single one."
         )
     return [_get_child(identifier) for identifier in optimizers]
 
 
 def _get_child(identifier: Any) -> keras.optimizers.Optimizer:
+    child = cause = None
     try:
         # `get` edits a config in place.
         child = keras.optimizers.get(
             copy.deepcopy(identifier) if isinstance(identifier, dict) else identifier
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise _no_optimizer(identifier) from error
+        cause = error
     if child is None:
-        raise _no_optimizer(identifier)
+        raise ValueError(
+            "Each entry of `optimizers` must be a `keras.optimizers.Optimizer` or what "
+            f"`keras.optimizers.get` takes. Received: {identifier!r} of type "
+            f"`{type(identifier).__name__}`. Pass an instance, such as "
+            "`keras.optimizers.Adam(1e-3)`."
+        ) from cause
     if isinstance(child, keras.optimizers.LossScaleOptimizer):
         raise ValueError(
             "`optimizers` may not hold a `LossScaleOptimizer`, because a step that "
@@ -72,15 +75,6 @@ def _get_child(identifier: Any) -> keras.optimizers.Optimizer:
         )
     check_loss_scale([child])
     return child
-
-
-def _no_optimizer(identifier: Any) -> ValueError:
-    return ValueError(
-        "Each entry of `optimizers` must be a `keras.optimizers.Optimizer` or what "
-        f"`keras.optimizers.get` takes. Received: {identifier!r} of type "
-        f"`{type(identifier).__name__}`. Pass an instance, such as "
-        "`keras.optimizers.Adam(1e-3)`."
-    )
 
 
 def check_loss_scale(children: Iterable[keras.optimizers.Optimizer]) -> None:
@@ -121,10 +115,9 @@ def parse_config(config: Any) -> tuple[list[Any], list[int]]:
         or set(child_of_phase) != set(indices)
     ):
         raise ValueError(
-            "`child_of_phase` in a config must be a list with the index of a child for "
-            "each phase, and name every child. Received: "
-            f"child_of_phase={child_of_phase!r:.200} for {len(children)} children. "
-            "Pass what `get_config` returned."
+            "`child_of_phase` in a config must list, for each phase, the index of one "
+            f"of the {len(children)} children, and each of them. Received: "
+            f"{child_of_phase!r:.200}. Pass what `get_config` returned."
         )
     return list(children), list(child_of_phase)
 
@@ -145,6 +138,13 @@ def distinct(
                 stacklevel=3,
             )
     return children, tuple(indices[id(child)] for child in optimizers)
+
+
+def in_words(child: keras.optimizers.Optimizer) -> str:
+    """Returns an optimizer as `repr` shows it among the children."""
+    if hasattr(child, "children"):
+        return repr(child)
+    return f"{type(child).__name__}(name={child.name!r})"
 
 
 def check_names_differ(

@@ -12,6 +12,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from sequential_optimizer._keras import is_trained
+
 
 def check_gradients(grads: Sequence[Any], variables: Sequence[Any]) -> None:
     """Raises ValueError unless there is one entry a variable, and a gradient."""
@@ -26,6 +28,21 @@ def check_gradients(grads: Sequence[Any], variables: Sequence[Any]) -> None:
             "`grads` must hold a gradient for at least one variable. "
             f"Received: {len(grads)} times `None`. Check that the loss depends on "
             "the variables and is computed inside the `tf.GradientTape`."
+        )
+
+
+def check_variables(variables: Sequence[Any], optimizer: Any) -> None:
+    """Raises ValueError unless an optimizer was built on the variables."""
+    unknown = [
+        getattr(variable, "path", variable.name)
+        for variable in variables
+        if not is_trained(optimizer, variable)
+    ]
+    if unknown:
+        raise ValueError(
+            "`trainable_variables` must be among those that the optimizer was built "
+            f"on. Received: {unknown}. Create a new optimizer for a model with other "
+            "variables."
         )
 
 

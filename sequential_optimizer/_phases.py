@@ -151,40 +151,24 @@ def parse_boundaries(boundaries: Any, num_phases: int) -> tuple[int | None, ...]
             f"Received: {len(boundaries)} boundaries ({list(boundaries)!r}) for "
             f"{num_phases} optimizers. Pass one boundary between each two phases."
         )
-    checked: list[int | None] = []
+    parsed: list[int | None] = []
     for entry in boundaries:
-        previous = checked[-1] if checked else 0
-        checked.append(_check_entry(entry, previous, boundaries))
-    return tuple(checked)
+        if not _may_follow(entry, parsed[-1] if parsed else 0):
+            raise ValueError(
+                "Each entry of `boundaries` must be an integer or `None`. The integers "
+                "must be >= 1, fit int64, be strictly increasing, and may not follow a "
+                f"`None`. Received: boundaries={list(boundaries)!r}, where {entry!r} "
+                f"(`{type(entry).__name__}`) breaks the rule. Count updates (steps) "
+                "from the start of training, not from that of a phase."
+            )
+        parsed.append(None if entry is None else int(entry))
+    return tuple(parsed)
 
 
-def _check_entry(
-    entry: Any, previous: int | None, boundaries: Sequence[Any]
-) -> int | None:
+def _may_follow(entry: Any, previous: int | None) -> bool:
     if entry is None:
-        return None
-    received = f"Received: boundaries={list(boundaries)!r}."
-    if not isinstance(entry, int | np.integer) or isinstance(entry, bool):
-        raise ValueError(
-            "Each entry of `boundaries` must be an integer or `None`, not "
-            f"{entry!r} of type `{type(entry).__name__}`. {received} "
-            "Count updates (steps), and round a fraction yourself."
-        )
-    if not 1 <= entry <= _LARGEST_ITERATION:
-        raise ValueError(
-            f"Each integer in `boundaries` must be >= 1 and fit int64. {received} "
-            "Leave out a phase that is to run for no update."
-        )
-    if previous is None:
-        raise ValueError(
-            "An integer in `boundaries` may not follow a `None`, because a phase "
-            f"that `advance()` ends has no known last update. {received} "
-            "Use `None` for every boundary after the first `None`."
-        )
-    if entry <= previous:
-        raise ValueError(
-            f"The integers in `boundaries` must be strictly increasing. {received} "
-            "Each counts updates from the start of training, not from the start "
-            "of its phase."
-        )
-    return int(entry)
+        return True
+    is_integer = isinstance(entry, int | np.integer) and not isinstance(entry, bool)
+    return (
+        is_integer and previous is not None and previous < entry <= _LARGEST_ITERATION
+    )

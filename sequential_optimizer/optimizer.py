@@ -183,24 +183,19 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             # its own, and then track a variable that belongs to a child.
             object.__setattr__(self, name, value)
             return
-        if name == "boundaries" or (name == "children" and hasattr(self, "children")):
+        if name in ("boundaries", "children") and hasattr(self, name):
             raise AttributeError(
-                f"`{name}` of a `SequentialOptimizer` cannot be changed, because every "
-                f"graph and every saved state depend on it. Received: {value!r:.200}. "
-                "Call `advance()` to end a phase early, or create another optimizer "
-                "and load what this one saved."
+                f"`{name}` of a `SequentialOptimizer` cannot be changed, because "
+                f"graphs and saved state depend on it. Received: {value!r:.200}. Call "
+                "`advance()` to end a phase early, or create another optimizer and "
+                "load what this one saved."
             )
         if name in _children.CHILD_SETTINGS:
             _children.check_settings({name: value})
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
-        children = [
-            repr(child)
-            if isinstance(child, SequentialOptimizer)
-            else f"{type(child).__name__}(name={child.name!r})"
-            for child in (self.children[i] for i in self.child_of_phase)
-        ]
+        children = [_children.in_words(self.children[i]) for i in self.child_of_phase]
         return (
             f"{type(self).__name__}([{', '.join(children)}], "
             f"boundaries={list(self.boundaries)})"
@@ -489,17 +484,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         variables = list(trainable_variables)
         _gradients.check_gradients(grads, variables)
         self.build(variables)
-        unknown = [
-            getattr(variable, "path", variable.name)
-            for variable in variables
-            if not _keras.is_trained(self, variable)
-        ]
-        if unknown:
-            raise ValueError(
-                "`trainable_variables` must be among those that the optimizer was "
-                f"built on. Received: {unknown}. Create a new optimizer for a model "
-                "with other variables."
-            )
+        _gradients.check_variables(variables, self)
         return variables
 
     def _accumulate(self, grads: list[Any], variables: list[Any]) -> None:
