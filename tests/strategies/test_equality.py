@@ -307,6 +307,19 @@ def test_fit_equals_two_fits_with_plain_optimizers(strategy, steps_per_execution
         assert calls == expected_calls
 
 
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_counts_no_update_at_the_end_of_the_data(strategy):
+    # As without a strategy: test_silent_mistakes.py.
+    rows = tf.data.Dataset.from_tensor_slices((X, Y)).batch(ROWS)
+    model = make_model(strategy)
+    with strategy.scope():
+        optimizer = SequentialOptimizer(make_for_fit(), [3])
+        model.compile(optimizer, loss="mse", jit_compile=False)
+    model.fit(rows.filter(lambda x, y: True), epochs=2, shuffle=False, verbose=0)
+    counts = [int(child.iterations.numpy()) for child in optimizer.children]
+    assert counts == [3, 2 * UPDATES - 3]
+
+
 @pytest.mark.skipif(NAME != "one-device", reason="several devices: test_limits.py")
 def test_compiled_fit_equals_that_without_a_strategy(strategy):
     # Which equals the plain optimizers: ../test_training.py.
