@@ -66,7 +66,7 @@ def add_to(
     accumulators: Sequence[Any], grads: Sequence[Any], variables: Sequence[Any]
 ) -> list[Any]:
     """Returns what the accumulators hold after `grads`, `None` for no gradient."""
-    grads = with_constant_shapes(grads, variables)
+    grads = brought_inside(grads, variables)
     return [
         None
         if gradient is None
@@ -79,23 +79,23 @@ def add_to(
     ]
 
 
-def with_constant_shapes(grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
-    """Gives sparse gradients a shape that XLA knows inside of a branch.
+def brought_inside(grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+    """Makes gradients from outside of a branch its own.
 
-    XLA needs the number of rows when it compiles, and a shape from outside of the
-    branch is not a constant there (see `switch_case`).
+    TensorFlow wants all gradients that a child reduces to be of one graph, also where
+    the child changed only some. Of sparse ones XLA needs the number of rows when it
+    compiles, and a shape from outside of the branch is no constant there.
     """
-    return [
-        tf.IndexedSlices(
-            gradient.values,
-            gradient.indices,
-            tf.constant(tuple(variable.shape), tf.int64),
-        )
-        if isinstance(gradient, tf.IndexedSlices)
-        and tf.TensorShape(variable.shape).is_fully_defined()
-        else gradient
-        for gradient, variable in zip(grads, variables, strict=True)
-    ]
+    inside = []
+    for gradient, variable in zip(grads, variables, strict=True):
+        shape = tf.TensorShape(variable.shape)
+        if isinstance(gradient, tf.IndexedSlices) and shape.is_fully_defined():
+            rows = tf.constant(shape.as_list(), tf.int64)
+            gradient = tf.IndexedSlices(gradient.values, gradient.indices, rows)
+        elif tf.is_symbolic_tensor(gradient):
+            gradient = tf.identity(gradient)
+        inside.append(gradient)
+    return inside
 
 
 def _is_new_value(variable: Any) -> bool:

@@ -524,9 +524,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
 
     @_not_autographed
     def _apply_child(self, i: int, grads: list[Any], variables: list[Any]) -> None:
-        self.children[i].apply(
-            _gradients.with_constant_shapes(grads, variables), variables
-        )
+        grads = _gradients.brought_inside(grads, variables)
+        self.children[i].apply(grads, variables)
 
     def _retake_weight_copies(self, i: int) -> None:
         """Before a child's first update, copies the weights as its `build` did."""

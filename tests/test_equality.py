@@ -241,7 +241,7 @@ def test_sparse_gradients(mode):
 @pytest.mark.parametrize("name", AVAILABLE)
 def test_sparse_gradients_of_built_in_optimizer(name):
     skip_if_broken(name)
-    # The shape that `with_constant_shapes` gave a sparse gradient was a tuple, which
+    # The shape that `brought_inside` gave a sparse gradient was a tuple, which
     # not every optimizer takes: ScheduleFreeAdamW in a graph did not. Not under XLA,
     # which rounds RMSprop's last bit otherwise in any conditional: a plain RMSprop in
     # a `tf.cond` has the same other bit.

@@ -281,6 +281,27 @@ def test_constant_of_the_outer_graph_is_one_in_a_branch():
     np.testing.assert_allclose(variables[0].numpy(), before - 0.1, rtol=1e-6)
 
 
+# A child that changes only the gradients of matrices mixed two graphs, and TensorFlow
+# refuses to reduce such gradients.
+def test_child_may_change_some_of_the_gradients(mode):
+    class Centralising(optimizers.Adam):
+        def apply(self, grads, trainable_variables=None):
+            grads = [
+                g - tf.reduce_mean(g, axis=0, keepdims=True) if len(g.shape) > 1 else g
+                for g in grads
+            ]
+            super().apply(grads, trainable_variables)
+
+    def make_phases():
+        return [Centralising(0.1), optimizers.SGD(0.1)]
+
+    ours, theirs = make_variables(), make_variables()
+    gradients = make_gradients(ours, 4)
+    optimizer = SequentialOptimizer(make_phases(), [2])
+    expected = run_plain(make_phases(), [2], theirs, gradients, mode)
+    assert_same(run(optimizer, ours, gradients, mode), expected)
+
+
 # --- odd shapes --------------------------------------------------------------
 
 
