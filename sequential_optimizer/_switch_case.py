@@ -23,7 +23,7 @@ def switch_case(index: tf.Tensor, branches: Sequence[Callable[[], Any]]) -> Any:
     the compilation proper takes seconds. So the mark is taken off again.
 
     Args:
-        index: scalar int32 tensor, 0 <= index < len(branches).
+        index: scalar int32 tensor. The last branch runs if there is none of this index.
         branches: functions without arguments that return the same structure of
             tensors, or `None`.
 

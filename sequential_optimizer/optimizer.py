@@ -582,9 +582,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             for child in self.children
         ]
         branches.append(lambda: None)  # for none, or one that was dropped since
-        child = tf.cast(self._last_child, tf.int32)
-        known = tf.logical_and(child >= 0, child < len(self.children))
-        switch_case(tf.where(known, child, len(self.children)), branches)
+        switch_case(tf.cast(self._last_child, tf.int32), branches)
 
     # --- save ----------------------------------------------------------------
 
