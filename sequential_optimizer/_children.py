@@ -21,8 +21,10 @@ CHILD_SETTINGS = {
 }
 
 
-def get_children(optimizers: Any) -> list[keras.optimizers.Optimizer]:
-    """Returns the optimizer of each phase, or raises.
+def get_children(
+    optimizers: Any,
+) -> tuple[list[keras.optimizers.Optimizer], tuple[int, ...]]:
+    """Returns each child once, and for each phase the index of its child, or raises.
 
     Args:
         optimizers: list or tuple of what `keras.optimizers.get` takes.
@@ -39,7 +41,19 @@ def get_children(optimizers: Any) -> list[keras.optimizers.Optimizer]:
             f"Received: optimizers={optimizers!r}. Pass the optimizers in the order of "
             "their phases, `[optimizer]` for a single one."
         )
-    return [_get_child(identifier) for identifier in optimizers]
+    of_phase = [_get_child(identifier) for identifier in optimizers]
+    for child, following in itertools.pairwise(of_phase):
+        if child is following:
+            warnings.warn(
+                "At a boundary between the same instance in `optimizers` nothing "
+                f"changes. Received: `{child.name}` twice in a row. Pass another "
+                "instance to start afresh, or leave out the boundary.",
+                stacklevel=3,
+            )
+    # Told apart by identity: two equal instances are two children.
+    children = list({id(child): child for child in of_phase}.values())
+    indices = {id(child): i for i, child in enumerate(children)}
+    return children, tuple(indices[id(child)] for child in of_phase)
 
 
 def _get_child(identifier: Any) -> keras.optimizers.Optimizer:
@@ -89,17 +103,17 @@ def check_loss_scale(children: Iterable[keras.optimizers.Optimizer]) -> None:
             )
 
 
-def parse_config(config: Any) -> tuple[list[Any], list[int]]:
-    """Returns what a config says of the children, or raises.
+def from_config(
+    config: Any, custom_objects: dict[str, Any] | None
+) -> list[keras.optimizers.Optimizer]:
+    """Creates the optimizer of each phase, or raises.
 
     Args:
         config: dict that `SequentialOptimizer.get_config` returned, or that looks so.
-
-    Returns:
-        The config of each child, and for each phase the index of its child.
+        custom_objects: dict from names to the user's own classes and functions.
 
     Raises:
-        ValueError: if there is no child, or no such index.
+        ValueError: if there is no child, or no child for a phase.
     """
     children = config.get("optimizers") if isinstance(config, dict) else None
     if not isinstance(children, list | tuple) or not children:
@@ -119,25 +133,14 @@ def parse_config(config: Any) -> tuple[list[Any], list[int]]:
             f"of the {len(children)} children, and each of them. Received: "
             f"{child_of_phase!r:.200}. Pass what `get_config` returned."
         )
-    return list(children), list(child_of_phase)
-
-
-def distinct(
-    optimizers: Sequence[keras.optimizers.Optimizer],
-) -> tuple[list[keras.optimizers.Optimizer], tuple[int, ...]]:
-    """Returns each instance once, and for each entry its index among them."""
-    # Told apart by identity: two equal instances are two children.
-    children = list({id(child): child for child in optimizers}.values())
-    indices = {id(child): i for i, child in enumerate(children)}
-    for child, following in itertools.pairwise(optimizers):
-        if child is following:
-            warnings.warn(
-                "At a boundary between the same instance in `optimizers` nothing "
-                f"changes. Received: `{child.name}` twice in a row. Pass another "
-                "instance to start afresh, or leave out the boundary.",
-                stacklevel=3,
-            )
-    return children, tuple(indices[id(child)] for child in optimizers)
+    created = [
+        # Keras edits nested configs in place.
+        keras.saving.deserialize_keras_object(
+            copy.deepcopy(child), custom_objects=custom_objects
+        )
+        for child in children
+    ]
+    return [created[i] for i in child_of_phase]
 
 
 def in_words(child: keras.optimizers.Optimizer) -> str:

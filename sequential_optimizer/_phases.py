@@ -22,12 +22,52 @@ class Phases:
         boundaries: tuple with one entry fewer than there are phases. An `int` is
             the number of updates after which the next phase starts, `None` a
             phase that lasts until `advance()` ends it. Every `None` comes after
-            every `int` (`parse_boundaries` sees to that).
+            every `int` (`parse` sees to that).
         child_of_phase: tuple of `int`, for each phase the index of its child.
     """
 
     boundaries: tuple[int | None, ...]
     child_of_phase: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, boundaries: Any, child_of_phase: tuple[int, ...]) -> "Phases":
+        """Returns the phases between the boundaries that a user passes, or raises.
+
+        Args:
+            boundaries: list, tuple or 1-D NumPy array of integers and `None`.
+            child_of_phase: see above.
+
+        Raises:
+            ValueError: if the boundaries are not what `SequentialOptimizer` documents.
+        """
+        if isinstance(boundaries, np.ndarray):
+            boundaries = boundaries.tolist()
+        if not isinstance(boundaries, Sequence) or isinstance(boundaries, str | bytes):
+            raise ValueError(
+                "`boundaries` must be a list of integers and `None`. "
+                f"Received: boundaries={boundaries!r}. "
+                "For a single boundary, pass `boundaries=[10_000]`."
+            )
+        if len(boundaries) != len(child_of_phase) - 1:
+            raise ValueError(
+                "`boundaries` must have one entry fewer than `optimizers`. Received: "
+                f"{len(boundaries)} boundaries ({list(boundaries)!r}) for "
+                f"{len(child_of_phase)} optimizers. Pass one boundary between each two "
+                "phases."
+            )
+        parsed: list[int | None] = []
+        for entry in boundaries:
+            if not _may_follow(entry, parsed[-1] if parsed else 0):
+                raise ValueError(
+                    "Each entry of `boundaries` must be an integer or `None`. The "
+                    "integers must be >= 1, fit int64, be strictly increasing, and "
+                    "may not follow a `None`. Received: "
+                    f"boundaries={list(boundaries)!r}, where {entry!r} "
+                    f"(`{type(entry).__name__}`) breaks the rule. Count updates "
+                    "(steps) from the start of training, not from that of a phase."
+                )
+            parsed.append(None if entry is None else int(entry))
+        return cls(tuple(parsed), child_of_phase)
 
     @property
     def last(self) -> int:
@@ -61,7 +101,7 @@ class Phases:
             return phase
         return tf.gather(tf.constant(self.child_of_phase, tf.int32), phase)
 
-    def parse(self, phase: Any) -> int | None:
+    def parse_phase(self, phase: Any) -> int | None:
         """Returns the phase that `advance(to=phase)` names, or raises ValueError."""
         if phase is None:
             return None
@@ -125,44 +165,6 @@ def switches_between(
             switches.append(Switch(int(start), last, phase))
         last = phase
     return switches
-
-
-def parse_boundaries(boundaries: Any, num_phases: int) -> tuple[int | None, ...]:
-    """Returns `boundaries` as a tuple of `int` and `None`, or raises.
-
-    Args:
-        boundaries: list, tuple or 1-D NumPy array of integers and `None`.
-        num_phases: how many phases the boundaries separate.
-
-    Raises:
-        ValueError: if the boundaries are not what `SequentialOptimizer` documents.
-    """
-    if isinstance(boundaries, np.ndarray):
-        boundaries = boundaries.tolist()
-    if not isinstance(boundaries, Sequence) or isinstance(boundaries, str | bytes):
-        raise ValueError(
-            "`boundaries` must be a list of integers and `None`. "
-            f"Received: boundaries={boundaries!r}. "
-            "For a single boundary, pass `boundaries=[10_000]`."
-        )
-    if len(boundaries) != num_phases - 1:
-        raise ValueError(
-            "`boundaries` must have one entry fewer than `optimizers`. "
-            f"Received: {len(boundaries)} boundaries ({list(boundaries)!r}) for "
-            f"{num_phases} optimizers. Pass one boundary between each two phases."
-        )
-    parsed: list[int | None] = []
-    for entry in boundaries:
-        if not _may_follow(entry, parsed[-1] if parsed else 0):
-            raise ValueError(
-                "Each entry of `boundaries` must be an integer or `None`. The integers "
-                "must be >= 1, fit int64, be strictly increasing, and may not follow a "
-                f"`None`. Received: boundaries={list(boundaries)!r}, where {entry!r} "
-                f"(`{type(entry).__name__}`) breaks the rule. Count updates (steps) "
-                "from the start of training, not from that of a phase."
-            )
-        parsed.append(None if entry is None else int(entry))
-    return tuple(parsed)
 
 
 def _may_follow(entry: Any, previous: int | None) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from sequential_optimizer import _children, _gradients, _keras, _replicas
-from sequential_optimizer._phases import Phases, parse_boundaries
+from sequential_optimizer._phases import Phases
 from sequential_optimizer._saving import STATE, Commit, SavedState, check_values
 from sequential_optimizer._switch_case import switch_case
 from sequential_optimizer._weight_copies import are_initialized, find_weight_copies
@@ -127,12 +127,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     ) -> None:
         _children.check_settings(kwargs)
         _replicas.check_accumulation(gradient_accumulation_steps)
-        children, child_of_phase = _children.distinct(
-            _children.get_children(optimizers)
-        )
-        phases = Phases(
-            parse_boundaries(boundaries, len(child_of_phase)), child_of_phase
-        )
+        children, child_of_phase = _children.get_children(optimizers)
+        phases = Phases.parse(boundaries, child_of_phase)
         super().__init__(
             learning_rate=_learning_rate_of_children,
             name=name,
@@ -278,7 +274,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             RuntimeError: in a conditional or a loop inside of one of several
                 replicas, which would have to decide alike.
         """
-        _replicas.once_across_replicas(self._end_phases, self._phases.parse(to))
+        _replicas.once_across_replicas(self._end_phases, self._phases.parse_phase(to))
 
     def _end_phases(self, to: int | None) -> None:
         phase = self.phase
@@ -623,20 +619,12 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         Raises:
             ValueError: if the config is not one of a SequentialOptimizer.
         """
-        child_configs, child_of_phase = _children.parse_config(config)
-        children = [
-            # Keras edits nested configs in place.
-            keras.saving.deserialize_keras_object(
-                copy.deepcopy(child), custom_objects=custom_objects
-            )
-            for child in child_configs
-        ]
-        ours = {"child_of_phase", "settings"}
+        optimizers = _children.from_config(config, custom_objects)
+        ours = {"optimizers", "child_of_phase", "settings"}
         arguments = {key: config[key] for key in config.keys() - ours}
-        arguments["optimizers"] = [children[i] for i in child_of_phase]
-        optimizer = cls(**arguments)
+        optimizer = cls(optimizers, **arguments)
         settings = config.get("settings")
-        if isinstance(settings, list) and len(settings) == len(children):
+        if isinstance(settings, list) and len(settings) == len(optimizer.children):
             optimizer._saved_state.settings = copy.deepcopy(settings)
         return optimizer
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sequential_optimizer import SequentialOptimizer
-from sequential_optimizer._phases import Phases, parse_boundaries
+from sequential_optimizer._phases import Phases
 from tests.reference import make_gradients, make_variables
 
 
@@ -51,7 +51,7 @@ def boundaries(draw):
 @settings(deadline=None, derandomize=True)
 def test_phase_is_the_number_of_boundaries_reached(values, iterations, ended):
     ended = min(ended, len(values))
-    phases = Phases(parse_boundaries(values, len(values) + 1), ())
+    phases = Phases.parse(values, tuple(range(len(values) + 1)))
     reached = sum(b is not None and b <= iterations for b in values)
     assert int(phases.phase(iterations, ended)) == max(reached, ended)
 
@@ -60,7 +60,7 @@ def test_phase_is_the_number_of_boundaries_reached(values, iterations, ended):
 @settings(deadline=None, derandomize=True, max_examples=50)
 def test_advance_ends_one_phase_at_a_time(values, data):
     # The rule in plain Python: a phase is left at its integer or by `advance()`.
-    phases = Phases(parse_boundaries(values, len(values) + 1), ())
+    phases = Phases.parse(values, tuple(range(len(values) + 1)))
     min_phase = phase = 0
     for t in range(20):
         while phase < len(values) and (values[phase] or t + 1) <= t:
@@ -76,7 +76,7 @@ def test_phase_stays_the_last_when_fewer_phases_are_left():
 
 def test_largest_integers_are_exact():
     largest = 2**63 - 1
-    phases = Phases(parse_boundaries([largest - 1, largest], 3), ())
+    phases = Phases.parse([largest - 1, largest], (0, 1, 2))
     assert [int(phases.phase(largest - 2 + i, 0)) for i in range(3)] == [0, 1, 2]
 
 
