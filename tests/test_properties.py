@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import keras
+import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,9 @@ from tests.reference import (
 )
 from tests.saving_tools import build, make_model
 from tests.saving_ways import CHECKPOINT, KERAS
+
+# The warning is meant for people; here a child may well follow itself.
+pytestmark = pytest.mark.filterwarnings("ignore:At a boundary between the same")
 
 WAYS = KERAS | CHECKPOINT
 # Two of the same class, which a file tells apart by their order only.
