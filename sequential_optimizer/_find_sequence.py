@@ -1,50 +1,51 @@
-"""Which SequentialOptimizer a model's optimizer is or wraps."""
+"""Which SequentialOptimizer a callback follows."""
 
 from typing import Any
 
 import keras
 
-from sequential_optimizer._phases import last_started
 from sequential_optimizer.optimizer import SequentialOptimizer
 
 
-def find_sequence(optimizer: Any, callback: keras.callbacks.Callback) -> Any:
-    """Returns the SequentialOptimizer that `optimizer` is or wraps.
-
-    Args:
-        optimizer: the optimizer of a compiled model.
-        callback: the callback that needs it, for the error.
+def find_sequence(callback: Any) -> Any:
+    """Returns the sequence in the `optimizer` of a callback, if any, or its model.
 
     Raises:
         ValueError: if there is none, or more than one.
     """
-    found = sequences_in(optimizer)
+    name, model, optimizer = type(callback).__name__, callback.model, callback.optimizer
+    found = sequences_of(model) if optimizer is None else _sequences_in(optimizer)
     if len(found) != 1:
         raise ValueError(
-            f"`{type(callback).__name__}` needs a model whose optimizer is or wraps "
-            f"one `SequentialOptimizer`. Received: {optimizer!r}, with {len(found)} "
-            "of them. Compile the model with "
-            "`optimizer=SequentialOptimizer([...], boundaries=[...])`."
+            f"`{name}` needs one `SequentialOptimizer` to follow. Received: "
+            f"{optimizer or model!r}, with {len(found)} of them. Compile the model "
+            f"with one, or pass the one to follow: `{name}(optimizer=...)`."
         )
     return found[0]
+
+
+def sequences_of(model: Any) -> list[SequentialOptimizer]:
+    """Returns the sequences in a model's optimizer, or else in its attributes."""
+    # A model with a `compile` of its own has Keras' default optimizer, or none.
+    found = _sequences_in(getattr(model, "optimizer", None))
+    found = found or _sequences_in(getattr(model, "__dict__", {}))
+    return list({id(sequence): sequence for sequence in found}.values())
+
+
+def _sequences_in(where: Any) -> list[SequentialOptimizer]:
+    """Returns the sequences that an optimizer is or wraps, or that a container has."""
+    if isinstance(where, SequentialOptimizer):
+        return [where]
+    inner: Any = []
+    if isinstance(where, keras.optimizers.Optimizer):
+        inner = getattr(where, "optimizers", [getattr(where, "inner_optimizer", None)])
+    elif isinstance(where, dict):
+        inner = where.values()
+    elif isinstance(where, list | tuple):
+        inner = where
+    return [found for one in inner for found in _sequences_in(one)]
 
 
 def child_of(sequence: SequentialOptimizer, phase: int) -> Any:
     """Returns the optimizer that runs in a phase."""
     return sequence.children[sequence.child_of_phase[phase]]
-
-
-def phase_of_last_update(sequence: SequentialOptimizer) -> int:
-    """Returns the phase that the last update ran in; before the first, the next's."""
-    phase = last_started(sequence.phase_starts)
-    return int(sequence.phase) if phase is None else phase
-
-
-def sequences_in(optimizer: Any) -> list[SequentialOptimizer]:
-    """Returns the sequences that an optimizer is or wraps."""
-    if isinstance(optimizer, SequentialOptimizer):
-        return [optimizer]
-    if hasattr(optimizer, "inner_optimizer"):
-        return sequences_in(optimizer.inner_optimizer)
-    inner = getattr(optimizer, "optimizers", [])
-    return [found for one in inner for found in sequences_in(one)]

@@ -137,10 +137,9 @@ class Switch:
     after: int
 
 
-def last_started(starts: Iterable[int]) -> int | None:
-    """Returns the last phase that has made an update, `None` if none has."""
-    started = [phase for phase, start in enumerate(starts) if start >= 0]
-    return started[-1] if started else None
+def last_started(starts: Iterable[int]) -> int:
+    """Returns the last phase that has made an update, -1 if none has."""
+    return max((phase for phase, start in enumerate(starts) if start >= 0), default=-1)
 
 
 def switches_between(
@@ -154,14 +153,14 @@ def switches_between(
         iterations_before: the number of updates at the first look.
     """
     last, end = last_started(before), last_started(now)
-    if last is not None and end is not None and end < last:
+    if 0 <= end < last:
         # A resumed run whose boundaries were raised.
         return [Switch(iterations_before, last, end)]
     switches = []
     for phase, start in enumerate(now):
-        if start < 0 or (last is not None and phase <= last):
+        if start < 0 or phase <= last:
             continue
-        if last is not None:
+        if last >= 0:
             switches.append(Switch(int(start), last, phase))
         last = phase
     return switches

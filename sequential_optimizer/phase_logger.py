@@ -4,12 +4,8 @@ from typing import Any
 
 import keras
 
-from sequential_optimizer._find_sequence import (
-    child_of,
-    find_sequence,
-    phase_of_last_update,
-)
-from sequential_optimizer._phases import switches_between
+from sequential_optimizer._find_sequence import child_of, find_sequence
+from sequential_optimizer._phases import last_started, switches_between
 
 Logs = dict[str, Any] | None
 
@@ -26,6 +22,12 @@ class PhaseLogger(keras.callbacks.Callback):
     1200 updates are adam's. It prints it after the first update of the new phase, or
     after the call of the train function that made it (`steps_per_execution`). A phase
     that ends before it has made an update is passed over.
+
+    A model with several sequences, such as a GAN, takes one `PhaseLogger` for each,
+    with `optimizer=`. The names in the logs then begin with that of the sequence: for
+    `SequentialOptimizer(..., name="generator")` they are `generator_phase`,
+    `generator_learning_rate` and `generator_iterations`, and a switch is printed as
+    `iteration 1200 of generator: adam -> sgd`.
 
     Example:
 
@@ -44,21 +46,27 @@ class PhaseLogger(keras.callbacks.Callback):
         per_batch: bool, whether the logs of each batch get them as well. Defaults
             to `False`.
         verbose: 1 (the default) to print a line at each switch, 0 for silence.
+        optimizer: the SequentialOptimizer to follow, or an optimizer that wraps it.
+            Defaults to that of the model: the one in `model.optimizer` or, if there
+            is none, in the other attributes of the model.
 
     Raises:
-        ValueError: when `fit` begins, if the model's optimizer is or wraps no
-            SequentialOptimizer.
+        ValueError: when `fit` begins, if there is no SequentialOptimizer or more than
+            one to choose from.
     """
 
-    def __init__(self, per_batch: bool = False, verbose: int = 1) -> None:
+    def __init__(
+        self, per_batch: bool = False, verbose: int = 1, optimizer: Any = None
+    ) -> None:
         super().__init__()
         self.per_batch = per_batch
         self.verbose = verbose
+        self.optimizer = optimizer
 
     def set_model(self, model: keras.Model) -> None:
-        """Finds the sequence of the model's optimizer."""
+        """Finds the sequence to follow."""
         super().set_model(model)
-        self._sequence = find_sequence(model.optimizer, self)
+        self._sequence = find_sequence(self)
         self._has_begun = False
         self._look()
 
@@ -91,19 +99,23 @@ class PhaseLogger(keras.callbacks.Callback):
         self._look()
         if not self.verbose:
             return
+        of = f" of {self._sequence.name}" if self.optimizer else ""
         for switch in switches_between(starts, self._starts, iterations):
             before = child_of(self._sequence, switch.before).name
             after = child_of(self._sequence, switch.after).name
-            print_line(self, f"iteration {switch.iteration}: {before} -> {after}")
+            print_line(self, f"iteration {switch.iteration}{of}: {before} -> {after}")
 
     def _values(self) -> dict[str, float]:
-        phase = phase_of_last_update(self._sequence)
+        phase = last_started(self._starts)
+        if phase < 0:  # before the first update: that of the next one
+            phase = int(self._sequence.phase)
         values: dict[str, float] = {"phase": phase, "iterations": self._iterations}
         child = child_of(self._sequence, phase)
         if hasattr(child, "learning_rate"):  # a MultiOptimizer has several
             rate = keras.ops.convert_to_numpy(child.learning_rate)
             values["learning_rate"] = float(rate)
-        return values
+        prefix = f"{self._sequence.name}_" if self.optimizer else ""
+        return {prefix + key: value for key, value in values.items()}
 
 
 def print_line(callback: keras.callbacks.Callback, line: str) -> None:

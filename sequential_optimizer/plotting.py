@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sequential_optimizer._find_sequence import child_of, sequences_in
+from sequential_optimizer._find_sequence import child_of, sequences_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -136,8 +136,7 @@ def _names(history: Any, names: Sequence[str] | None, count: int) -> Sequence[st
 
 def _sequence_of(history: Any) -> Any:
     """Returns the sequence that a history was made with, if there is one."""
-    optimizer = getattr(getattr(history, "model", None), "optimizer", None)
-    found = sequences_in(optimizer)
+    found = sequences_of(getattr(history, "model", None))
     return found[0] if len(found) == 1 else None
 
 

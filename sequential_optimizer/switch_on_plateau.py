@@ -9,7 +9,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from sequential_optimizer._find_sequence import find_sequence, phase_of_last_update
+from sequential_optimizer._find_sequence import find_sequence
+from sequential_optimizer._phases import last_started
 from sequential_optimizer.phase_logger import print_line
 
 # Words in the names of metrics that say which way is better. The lower ones count
@@ -62,7 +63,7 @@ class SwitchOnPlateau(keras.callbacks.Callback):
 
     Args:
         monitor: string, name of the metric in the logs. Defaults to `"val_loss"`.
-            One callback a metric.
+            One callback per metric and optimizer.
         patience: int >= 0, the number of epochs in a row without improvement after
             which the phase ends; 0 is as 1. Defaults to 10.
         min_delta: float >= 0; only a change by more than this is an improvement.
@@ -78,13 +79,17 @@ class SwitchOnPlateau(keras.callbacks.Callback):
             A copy of the weights is then saved with the optimizer. Defaults to
             `False`.
         verbose: 1 to print a line at each switch, 0 (the default) for silence.
+        optimizer: the SequentialOptimizer whose phases the callback ends, or an
+            optimizer that wraps it. Defaults to that of the model: the one in
+            `model.optimizer` or, if there is none, in the other attributes of the
+            model. A model with several, such as a GAN, takes one callback for each.
 
     Raises:
         ValueError: if an argument breaks one of these rules, or if `mode="auto"`
             cannot tell from the name of the metric which way is better; when `fit`
-            begins, if the model's optimizer is or wraps no SequentialOptimizer or is
-            in its last phase already; after an epoch, if two of these callbacks
-            watch the same metric.
+            begins, if there is no SequentialOptimizer or more than one to choose
+            from, or if it is in its last phase already; after an epoch, if two of
+            these callbacks watch the same metric for the same optimizer.
     """
 
     def __init__(
@@ -97,6 +102,7 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         min_iterations: int = 0,
         restore_best_weights: bool = False,
         verbose: int = 0,
+        optimizer: Any = None,
     ) -> None:
         super().__init__()
         _check_at_least_0(
@@ -113,13 +119,14 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         self.min_iterations = min_iterations
         self.restore_best_weights = restore_best_weights
         self.verbose = verbose
+        self.optimizer = optimizer
         self._sign = _sign(mode, monitor)
         self._key = f"SwitchOnPlateau/{monitor}"
 
     def set_model(self, model: keras.Model) -> None:
         """Starts anew. Keras calls it before any callback restores a backup."""
         super().set_model(model)
-        self._sequence = find_sequence(model.optimizer, self)
+        self._sequence = find_sequence(self)
         self._warned = False
         phase = int(self._sequence.phase)
         if self._is_last(phase):
@@ -152,7 +159,7 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         if phase != seen.phase:
             seen = self._begin(phase, epoch + 1, self.cooldown)
         # Unless the whole epoch belongs to a phase that has ended already.
-        is_of_phase = phase == phase_of_last_update(self._sequence)
+        is_of_phase = last_started(self._sequence.phase_starts) in (-1, phase)
         is_best = False
         if is_of_phase and not self._is_last(phase):
             value = self._value_in(logs or {})

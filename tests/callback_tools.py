@@ -38,6 +38,33 @@ def make_model(optimizer, model_class=Counting, **kwargs):
     return model
 
 
+class GAN(keras.Model):
+    """A tiny generator and discriminator, each with an optimizer of its own."""
+
+    def __init__(self, g_optimizer, d_optimizer, optimizer="rmsprop"):
+        super().__init__()
+        self.generator = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+        self.discriminator = keras.Sequential(
+            [keras.Input((1,)), keras.layers.Dense(1)]
+        )
+        self.compile(optimizer, run_eagerly=True)  # what Keras does by default
+        self.g_optimizer = g_optimizer
+        self.d_optimizer = d_optimizer
+
+    def train_step(self, data):
+        noise, real = data
+        with tf.GradientTape() as tape:
+            fake = self.generator(noise)
+            d_loss = tf.reduce_mean(self.discriminator(fake) - self.discriminator(real))
+        variables = self.discriminator.trainable_variables
+        self.d_optimizer.apply(tape.gradient(d_loss, variables), variables)
+        with tf.GradientTape() as tape:
+            g_loss = -tf.reduce_mean(self.discriminator(self.generator(noise)))
+        variables = self.generator.trainable_variables
+        self.g_optimizer.apply(tape.gradient(g_loss, variables), variables)
+        return {"g_loss": g_loss, "d_loss": d_loss}
+
+
 def make_sequence(boundaries, children=("sgd", "adam", "rmsprop", "lion"), **kwargs):
     """Returns a sequence of children that keep state, named as in `children`."""
     makers = {

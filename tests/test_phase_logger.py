@@ -4,6 +4,7 @@ import csv
 import itertools
 import random
 import re
+import types
 
 import keras
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 from sequential_optimizer import PhaseLogger, SequentialOptimizer
-from tests.callback_tools import Kill, KilledError, Stage, fit, make_model
+from tests.callback_tools import GAN, Kill, KilledError, Stage, fit, make_model
 from tests.callback_tools import make_sequence as make_training_sequence
 
 RATES = {"a": 0.1, "b": 0.01, "c": 0.001, "d": 0.5}
@@ -223,13 +224,14 @@ def test_phase_that_is_ended_before_the_first_update(before, capsys):
     assert optimizer.phase_starts.tolist() == [-1, 0]
 
 
-def test_loop_without_epochs_prints_its_switches(capsys):
-    # Without `on_epoch_begin` it once printed none, in silence.
+@pytest.mark.parametrize("hook", ["end_batch", "end_epoch"])
+def test_loop_without_on_epoch_begin_prints_its_switches(hook, capsys):
+    # A loop by hand that left it out once got no line at all, in silence.
     optimizer = make_sequence("ab", [2])
     stage = Stage(optimizer, [PhaseLogger()])
     for _ in range(3):
         stage.update()
-        stage.end_batch()
+        getattr(stage, hook)()
     assert lines_of(capsys) == ["iteration 2: a -> b"]
 
 
@@ -454,6 +456,67 @@ def test_child_with_several_learning_rates_shows_none():
     history = fit(make_model(optimizer), 1, [PhaseLogger(verbose=0)]).history
     assert history["phase"] == [0]
     assert "learning_rate" not in history
+
+
+# --- several optimizers ------------------------------------------------------
+
+
+def test_gan_logs_each_of_its_sequences(capsys):
+    # Its `optimizer` is Keras' default, so PhaseLogger once refused the model. Two of
+    # them would have overwritten each other's logs.
+    generator = make_sequence("ab", [3], name="generator")
+    discriminator = make_sequence("ca", [1], name="discriminator")
+    scaled = keras.optimizers.LossScaleOptimizer(discriminator, initial_scale=1.0)
+    loggers = [PhaseLogger(optimizer=generator), PhaseLogger(optimizer=scaled)]
+    history = fit(GAN(generator, scaled), 2, loggers).history
+    assert history["generator_phase"] == [0, 1]
+    assert history["discriminator_phase"] == [1, 1]
+    assert history["discriminator_iterations"] == [2, 4]
+    assert history["generator_learning_rate"] == pytest.approx([0.1, 0.01])
+    assert not {"phase", "learning_rate", "iterations"} & history.keys()
+    assert lines_of(capsys) == [
+        "iteration 1 of discriminator: c -> a",
+        "iteration 3 of generator: a -> b",
+    ]
+
+
+KEPT = {
+    # name: attributes of a model, made from the sequence
+    "Keras' default beside it": lambda one: {"optimizer": "sgd", "g_optimizer": one},
+    "None beside it": lambda one: {"optimizer": None, "g_optimizer": one},
+    "no `optimizer`": lambda one: {"g_optimizer": one},
+    "two names": lambda one: {"g_optimizer": one, "by_name": {"g": one}},
+    "a list": lambda one: {"all": ["sgd", one, keras.optimizers.SGD()]},
+    "a wrapper": lambda one: {"g": keras.optimizers.LossScaleOptimizer(one)},
+    "two, one of the model": lambda one: {
+        "optimizer": one,
+        "d": make_sequence("c", []),
+    },
+}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_only_sequence_of_a_model_is_found(kept):
+    sequence = make_sequence("ab", [2])
+    attributes = KEPT[kept](sequence)
+    logger = PhaseLogger()
+    logger.set_model(types.SimpleNamespace(**attributes))
+    logs = {}
+    logger.on_epoch_end(0, logs)
+    assert logs == {"phase": 0, "iterations": 0, "learning_rate": pytest.approx(0.1)}
+
+
+def test_gan_with_one_sequence_needs_no_argument():
+    gan = GAN(make_sequence("ab", [3]), keras.optimizers.SGD())
+    assert fit(gan, 2, [PhaseLogger(verbose=0)]).history["phase"] == [0, 1]
+
+
+def test_several_sequences_to_choose_from_are_an_error():
+    gan = GAN(make_sequence("ab", [3]), make_sequence("ab", [3]))
+    with pytest.raises(
+        ValueError, match=r"2 of them.*`PhaseLogger\(optimizer=\.\.\.\)"
+    ):
+        fit(gan, 1, [PhaseLogger()])
 
 
 def test_optimizer_without_a_sequence_is_an_error_when_fit_begins():

@@ -1,11 +1,12 @@
 """SwitchOnPlateau follows its rule, in `fit` as in plain Python, and after a kill."""
 
+import copy
 import functools
 import json
 import math
+import pickle
 import random
 import re
-import types
 import warnings
 
 import keras
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from sequential_optimizer import SequentialOptimizer, SwitchOnPlateau
+from sequential_optimizer import PhaseLogger, SequentialOptimizer, SwitchOnPlateau
 from tests.callback_tools import (
+    GAN,
     Kill,
     KilledError,
     Recorder,
@@ -395,12 +397,6 @@ def test_optimizer_without_a_sequence_is_an_error_when_fit_begins():
     assert model.train_steps == 0
 
 
-def test_two_sequences_are_an_error():
-    several = types.SimpleNamespace(optimizers=[make_sgds((2,)), make_sgds((2,))])
-    with pytest.raises(ValueError, match=r"wraps one .* 2 of them"):
-        SwitchOnPlateau().set_model(types.SimpleNamespace(optimizer=several))
-
-
 @pytest.mark.parametrize("how", ["advance", "integer", "one child"])
 def test_last_phase_is_an_error_when_fit_begins(how):
     optimizer = make_sgds({"advance": (None,), "integer": (2,), "one child": ()}[how])
@@ -513,6 +509,36 @@ def test_fit_equals_two_fits_with_plain_optimizers(setting, policy):
     atol = 1e-6 if setting == "mixed_float16" else 0.0
     states = [recorder.after[LAST], weights_of(model.weights), *children]
     assert_same(states, expected, atol)
+
+
+# --- several optimizers ------------------------------------------------------
+
+
+def test_gan_ends_the_phases_of_each_of_its_sequences():
+    # Two callbacks for one metric: each notes with its own optimizer.
+    scaled = keras.optimizers.LossScaleOptimizer(make_sgds((None,)), initial_scale=1.0)
+    gan = GAN(make_sgds((None,)), scaled)
+    recorders = [Recorder(gan.g_optimizer), Recorder(scaled.inner_optimizer)]
+    plateaus = [
+        SwitchOnPlateau(patience=1, optimizer=gan.g_optimizer),
+        SwitchOnPlateau(patience=2, optimizer=scaled),
+    ]
+    fit(gan, 4, [Script([1.0] * 4), *plateaus, *recorders])
+    phases = [list(recorder.phases.values()) for recorder in recorders]
+    assert phases == [[0, 1, 1, 1], [0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("callback_class", [SwitchOnPlateau, PhaseLogger])
+def test_callback_that_was_given_an_optimizer_is_copied_after_fit(callback_class):
+    sequence = make_sgds((None,))
+    callback = callback_class(optimizer=sequence)
+    model = make_model(sequence, keras.Sequential)
+    fit(model, 2, [Script([1.0] * 2), callback])
+    for copied in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        assert type(copied.optimizer) is SequentialOptimizer
+        # Nor does it need anything of the run that it was in.
+        copied.optimizer = make_sgds((None,))
+        fit(make_model(copied.optimizer), 1, [Script([1.0]), copied])
 
 
 # --- best weights ------------------------------------------------------------
