@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sequential_optimizer._find_sequence import child_of, sequences_of
+from sequential_optimizer._phases import last_started
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_FONT_SIZE = 9  # points
 
 
 def plot_history(
@@ -21,6 +20,9 @@ def plot_history(
     names: Sequence[str] | None = None,
 ) -> "Axes":
     """Plots metrics over epochs, with the phases shaded and the switches marked.
+
+    Each name has a colour, so a child that comes back has its own again; the legend
+    tells which.
 
     A switch inside an epoch is marked where it happened, if `history` is what `fit`
     returned. From a dict alone only the phase of an epoch's last update is known, and
@@ -58,50 +60,43 @@ def plot_history(
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ImportError(
-            "`plot_history` needs matplotlib, which is not installed. Install it "
-            "with the `plot` extra: `pip install 'sequential_optimizer[plot]'`."
+            "`plot_history` needs matplotlib. Install it with the `plot` extra: "
+            "`pip install 'sequential_optimizer[plot]'`."
         ) from error
     columns: Mapping[str, Sequence[float]] = getattr(history, "history", history)
-    metrics = _without_validation(metrics, columns)
+    if not any(column.startswith("val_") for column in columns):
+        # Unless they are all that is asked for.
+        metrics = [m for m in metrics if not m.startswith("val_")] or metrics
     _check_columns(columns, ["phase", *metrics, *["learning_rate"] * learning_rate])
+    found = sequences_of(getattr(history, "model", None))
+    sequence = found[0] if len(found) == 1 else None
     phases = [int(phase) for phase in columns["phase"]]
+    names = _names(names, sequence, max(phases) + 1)
     # Keras counts epochs from 0 in `History.epoch`, and from 1 on the screen.
     epochs = [epoch + 1 for epoch in getattr(history, "epoch", range(len(phases)))]
-    names = _names(history, names, max(phases) + 1)
+    edges = [epochs[0] - 0.5, *(epoch + 0.5 for epoch in epochs)]
     if ax is None:
         ax = plt.subplots(layout="constrained")[1]
     for metric in metrics:
         ax.plot(epochs, columns[metric], marker=".", label=metric)
     ax.set_xlabel("epoch")
-    ax.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
+    ax.set_xlim(edges[0], edges[-1])
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    begins = _begins_of_phases(history, columns, epochs)
-    _shade_phases(ax, begins, [names[phase] for _, phase in begins], epochs[-1] + 0.5)
+    begins = _begins_of_phases(phases, edges, columns.get("iterations", []), sequence)
+    _shade_phases(ax, begins, names)
     if learning_rate:
-        _plot_learning_rate(ax, epochs, columns["learning_rate"])
-    if metrics:
-        ax.legend()
+        _plot_learning_rate(ax, edges, columns["learning_rate"])
+    ax.legend(fontsize="small", ncols=1 + len(set(names)) // 12)
     return ax
-
-
-def _without_validation(
-    metrics: Sequence[str], columns: Mapping[str, Any]
-) -> list[str]:
-    """Returns the metrics, without those of a validation that never ran."""
-    if any(column.startswith("val_") for column in columns):
-        return list(metrics)
-    left = [metric for metric in metrics if not metric.startswith("val_")]
-    return left or list(metrics)
 
 
 def _check_columns(columns: Mapping[str, Any], needed: Sequence[str]) -> None:
     missing = [column for column in needed if column not in columns]
     if missing:
         raise ValueError(
-            f"`history` must have the columns {list(needed)}. "
-            f"Received: {sorted(columns)}, without {', '.join(map(repr, missing))}. "
-            "Train with `callbacks=[PhaseLogger()]`, and pass metrics that you "
-            "compiled."
+            f"`history` must have the columns {list(needed)}. Received: "
+            f"{sorted(columns)}, without {', '.join(map(repr, missing))}. Train with "
+            "`callbacks=[PhaseLogger()]`, and pass metrics that you compiled."
         )
     epochs = len(columns["phase"])
     if not epochs:
@@ -118,14 +113,12 @@ def _check_columns(columns: Mapping[str, Any], needed: Sequence[str]) -> None:
             )
 
 
-def _names(history: Any, names: Sequence[str] | None, count: int) -> Sequence[str]:
+def _names(names: Sequence[str] | None, sequence: Any, count: int) -> Sequence[str]:
     if names is None:
-        sequence = _sequence_of(history)
-        phases = 0 if sequence is None else len(sequence.child_of_phase)
         # Too few if the model was compiled with another optimizer since.
-        if phases < count:
+        if sequence is None or len(sequence.child_of_phase) < count:
             return [f"phase {k}" for k in range(count)]
-        return [child_of(sequence, k).name for k in range(phases)]
+        return [child_of(sequence, k).name for k in range(count)]
     if len(names) < count:
         raise ValueError(
             f"`names` must have a name for each phase. Received: names={names!r} for "
@@ -134,91 +127,56 @@ def _names(history: Any, names: Sequence[str] | None, count: int) -> Sequence[st
     return names
 
 
-def _sequence_of(history: Any) -> Any:
-    """Returns the sequence that a history was made with, if there is one."""
-    found = sequences_of(getattr(history, "model", None))
-    return found[0] if len(found) == 1 else None
-
-
 def _begins_of_phases(
-    history: Any, columns: Mapping[str, Sequence[float]], epochs: Sequence[int]
-) -> list[tuple[float, int]]:
-    """Returns where each phase begins on the axis of epochs, and which it is."""
-    phases = [int(phase) for phase in columns["phase"]]
-    left = epochs[0] - 0.5
-    by_epoch = [
-        (epoch - 0.5, phase)
-        for i, (epoch, phase) in enumerate(zip(epochs, phases, strict=True))
-        if i == 0 or phase != phases[i - 1]
-    ]
-    counts, sequence = columns.get("iterations", []), _sequence_of(history)
-    if sequence is None or len(counts) != len(epochs) or len(counts) < 2:
+    phases: Sequence[int],
+    edges: Sequence[float],
+    iterations: Sequence[float],
+    sequence: Any,
+) -> dict[float, int]:
+    """Returns which phase begins where on the axis of epochs.
+
+    Args:
+        phases: for each epoch the phase of its last update.
+        edges: where the first epoch begins, and where each ends.
+        iterations: the number of updates at the end of each epoch, if it is known.
+        sequence: the optimizer that made them, or `None`.
+    """
+    before = [-1, *phases]
+    by_epoch = {edges[i]: k for i, k in enumerate(phases) if k != before[i]}
+    if sequence is None or not 2 <= len(iterations) == len(phases):
         return by_epoch
-    # The first epoch has made as many updates as the second.
-    before = max(2 * counts[0] - counts[1], 0)
-    edges = [left, *(epoch + 0.5 for epoch in epochs)]
-    begins = [
-        (float(np.interp(start, [before, *counts], edges)), phase)
-        for phase, start in enumerate(sequence.phase_starts)
-        if 0 <= start < counts[-1]
-    ]
-    last_of_epoch = [
-        max((k for x, k in begins if x < right), default=-1) for right in edges[1:]
-    ]
-    firsts = [i for i, (x, _) in enumerate(begins) if x == left]
-    if last_of_epoch != phases or not firsts:
+    starts = sequence.phase_starts
+    if phases != [last_started(np.where(starts < n, starts, -1)) for n in iterations]:
         return by_epoch  # The optimizer has been trained, or exchanged, since.
-    return begins[firsts[-1] :]
+    # The first epoch has made as many updates as the second.
+    updates = [max(2 * iterations[0] - iterations[1], 0), *iterations]
+    # All that began before the first epoch is put at its edge, where the last one wins.
+    return {
+        float(np.interp(start, updates, edges)): phase
+        for phase, start in enumerate(starts)
+        if 0 <= start < iterations[-1]
+    }
 
 
-def _shade_phases(
-    ax: "Axes", begins: Sequence[tuple[float, int]], names: Sequence[str], end: float
-) -> None:
-    """Shades each stretch of one phase, one colour per name, and names it."""
-    # From the end of the colour cycle; the curves take theirs from the beginning.
-    colors = {name: f"C{9 - i % 10}" for i, name in enumerate(dict.fromkeys(names))}
-    edges = [*(left for left, _ in begins), end]
-    for name, left, right in zip(names, edges[:-1], edges[1:], strict=True):
-        ax.axvspan(left, right, color=colors[name], alpha=0.15, linewidth=0)
+def _shade_phases(ax: "Axes", begins: dict[float, int], names: Sequence[str]) -> None:
+    """Shades each stretch of one phase, one colour per name, and marks the switches."""
+    colors: dict[str, str] = {}
+    edges = [*begins, ax.get_xlim()[1]]
+    for left, right, phase in zip(edges[:-1], edges[1:], begins.values(), strict=True):
+        name = names[phase]
+        label = None if name in colors else name
+        # From the end of the colour cycle; the curves take theirs from the beginning.
+        color = colors.setdefault(name, f"C{9 - len(colors) % 10}")
+        ax.axvspan(left, right, color=color, alpha=0.2, linewidth=0, label=label)
         if left != edges[0]:
             ax.axvline(left, color="0.4", linestyle="--", linewidth=1)
-    centers = [sum(edges[i : i + 2]) / 2 for i in range(len(names))]
-    _write_above(ax, centers, names)
-
-
-def _write_above(ax: "Axes", centers: Sequence[float], labels: Sequence[str]) -> None:
-    """Writes labels above the axes: upright, or even joined, if they are crowded."""
-    left, right = ax.get_xlim()
-    points = ax.get_window_extent().width * 72 / ax.figure.dpi
-    line = 1.4 * _FONT_SIZE * (right - left) / points  # the height of a line, in epochs
-    # A letter is about half as wide as a line is high.
-    widths = [line / 2 * (len(label) + 1) for label in labels]
-    crowded = any(
-        centers[i] - centers[i - 1] < (widths[i] + widths[i - 1]) / 2
-        for i in range(1, len(labels))
-    )
-    places: list[float] = []
-    texts: list[str] = []
-    for center, label in zip(centers, labels, strict=True):
-        if places and crowded and center - places[-1] < line:
-            texts[-1] += f", {label}"
-        else:
-            places.append(center)
-            texts.append(label)
-    # An axis of its own, so that a title goes above it, and zooming moves it along.
-    top = ax.secondary_xaxis("top")
-    top.set_ticks(places, texts, fontsize=_FONT_SIZE, rotation=90 if crowded else 0)
-    top.tick_params(length=0)
 
 
 def _plot_learning_rate(
-    ax: "Axes", epochs: Sequence[int], learning_rate: Sequence[float]
+    ax: "Axes", edges: Sequence[float], learning_rate: Sequence[float]
 ) -> None:
     right = ax.twinx()
-    edges = [epochs[0] - 0.5, *(epoch + 0.5 for epoch in epochs)]
-    right.stairs(
-        learning_rate, edges, baseline=None, color="0.5", linestyle=":", linewidth=1.5
-    )
+    right.stairs(learning_rate, edges, baseline=None, color="0.5", linestyle=":")
     right.set_yscale("log")
     right.set_ylabel("learning rate (dotted)", color="0.5")
     right.tick_params(which="both", colors="0.5")
