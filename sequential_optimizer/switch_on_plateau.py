@@ -13,10 +13,9 @@ from sequential_optimizer._find_sequence import find_sequence
 from sequential_optimizer._phases import last_started
 from sequential_optimizer.phase_logger import print_line
 
-# Words in the names of metrics that say which way is better. The lower ones count
-# first: `accuracy_loss` is a loss.
+# Words in the names of metrics that say which way is better.
 _LOWER = "loss|error|crossentropy|divergence|perplexity|mse|rmse|mae|mape|msle"
-_HIGHER = "acc|accuracy|auc|precision|recall|f1|fbeta|io_?u|similarity|r2"
+_HIGHER = "acc|accuracy|auc|precision|recall|f1|fbeta|iou|similarity|r2"
 
 Logs = dict[str, Any] | None
 
@@ -69,7 +68,8 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         min_delta: float >= 0; only a change by more than this is an improvement.
             Defaults to 1e-4.
         mode: `"min"` if lower is better, `"max"` if higher is, `"auto"` (the
-            default) to tell from the name of the metric.
+            default) to tell from the name of the metric: the last word in it that
+            says so counts, as in `<output>_<metric>`.
         cooldown: int >= 0, the number of epochs after a switch that do not count
             towards the patience. Defaults to 0.
         min_iterations: int >= 0, the number of updates that a phase makes in this
@@ -264,18 +264,17 @@ def _sign(mode: str, monitor: str) -> int:
     signs = {"min": -1, "max": 1}
     if mode in signs:
         return signs[mode]
-    if mode != "auto":
-        raise ValueError(
-            '`mode` must be "min", "max" or "auto". '
-            f"Received: mode={mode!r}. Pass one of the three."
-        )
-    for words, sign in ((_LOWER, -1), (_HIGHER, 1)):
-        if re.search(f"(^|_)({words})(_|$)", monitor.lower()):
-            return sign
+    # Keras names a metric `<output>_<metric>`, and `mean_io_u` is one of its own.
+    words = monitor.lower().replace("io_u", "iou").split("_") if mode == "auto" else []
+    for word in reversed(words):
+        if re.fullmatch(_LOWER, word):
+            return -1
+        if re.fullmatch(_HIGHER, word):
+            return 1
     raise ValueError(
-        "`mode` must be given for a metric whose name does not say which way is "
-        f'better. Received: monitor={monitor!r}, mode="auto". Pass `mode="min"` or '
-        '`mode="max"`.'
+        '`mode` must be "min" or "max", or "auto" for a metric whose name says which '
+        f"way is better. Received: mode={mode!r}, monitor={monitor!r}. Pass "
+        '`mode="min"` or `mode="max"`.'
     )
 
 

@@ -254,6 +254,10 @@ def test_min_iterations_counts_from_the_switch_inside_an_epoch():
         ("val_f1_score", [1, 2, 3]),
         ("mean_io_u", [1, 2, 3]),
         ("r2_score", [1, 2, 3]),
+        # `<output>_<metric>`, of outputs named loss and error: once minimized.
+        ("loss_accuracy", [1, 2, 3]),
+        ("val_error_precision_1", [1, 2, 3]),
+        ("accuracy_error_rate", [3, 2, 1]),
     ],
 )
 def test_auto_tells_the_better_direction_by_the_name(monitor, improving):
@@ -264,7 +268,7 @@ def test_auto_tells_the_better_direction_by_the_name(monitor, improving):
 
 @pytest.mark.parametrize("monitor", ["reward", "layer2_norm", "various", "vaccines"])
 def test_auto_asks_for_the_mode_of_an_unknown_name(monitor):
-    with pytest.raises(ValueError, match=f"`mode` must be given.*{monitor}.*Pass"):
+    with pytest.raises(ValueError, match=f"`mode` must be .*{monitor}.*Pass"):
         SwitchOnPlateau(monitor)
     assert drive(SwitchOnPlateau(monitor, 1, mode="max"), [1, 2, 1]) == [0, 0, 1]
 
