@@ -3,7 +3,7 @@
 import math
 import re
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import keras
@@ -25,11 +25,11 @@ class _Seen:
     """What SwitchOnPlateau has seen of a phase: numbers, so that they can be saved."""
 
     phase: float
-    started: float  # iterations from which on the phase is watched
+    started: float  # the iteration at which the run began
     best: float
     next_epoch: float  # the first that it has not seen, -1 if it has seen none
+    cooldown: float
     wait: float = 0
-    cooldown: float = 0
 
 
 class SwitchOnPlateau(keras.callbacks.Callback):
@@ -105,12 +105,6 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         optimizer: Any = None,
     ) -> None:
         super().__init__()
-        _check_at_least_0(
-            patience=patience,
-            min_delta=min_delta,
-            cooldown=cooldown,
-            min_iterations=min_iterations,
-        )
         self.monitor = monitor
         self.patience = patience
         self.min_delta = min_delta
@@ -121,31 +115,36 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         self.verbose = verbose
         self.optimizer = optimizer
         self._sign = _sign(mode, monitor)
-        self._key = f"SwitchOnPlateau/{monitor}"
+        self._seen_key = f"SwitchOnPlateau/{monitor}/seen"
+        self._weight_key = f"SwitchOnPlateau/{monitor}/weight/"
+        for name in ("patience", "min_delta", "cooldown", "min_iterations"):
+            value = getattr(self, name)
+            if not value >= 0:
+                raise ValueError(
+                    f"`{name}` must be >= 0. Received: {name}={value!r}. "
+                    "Pass 0 to do without."
+                )
 
     def set_model(self, model: keras.Model) -> None:
         """Starts anew. Keras calls it before any callback restores a backup."""
         super().set_model(model)
         self._sequence = find_sequence(self)
         self._warned = False
-        phase = int(self._sequence.phase)
-        if self._is_last(phase):
+        if int(self._sequence.phase) == len(self._sequence.boundaries):
             raise ValueError(
                 "`SwitchOnPlateau` needs a phase that can still end. Received: an "
-                f"optimizer in phase {phase}, its last. Leave the callback out, or "
-                "add an optimizer to the sequence."
+                "optimizer in its last one. Leave the callback out, or add a phase."
             )
-        self._write(self._begin(phase, next_epoch=-1), is_best=True)
+        self._write(self._begin(self._iterations()), is_best=True)
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         """Warns if a resumed run has lost what this callback saw."""
         seen = self._read()
         if seen.next_epoch not in (-1, epoch):
             warnings.warn(
-                f"`SwitchOnPlateau` has seen the epochs before "
-                f"{int(seen.next_epoch)}, and epoch {epoch} begins: the run was "
-                "resumed from a backup that was made before its turn. Put it before "
-                "the callback that saves.",
+                f"`SwitchOnPlateau` has seen the epochs before {int(seen.next_epoch)}, "
+                f"and epoch {epoch} begins: the run was resumed from a backup that was "
+                "made before its turn. Put it before the callback that saves.",
                 stacklevel=2,
             )
         seen.next_epoch = epoch
@@ -153,86 +152,69 @@ class SwitchOnPlateau(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Looks at the metric, and ends the phase if it has stalled."""
+        logs = logs or {}
         seen, phase = self._read(), int(self._sequence.phase)
-        self._check_alone(seen, epoch)
-        seen.next_epoch = epoch + 1
-        if phase != seen.phase:
-            seen = self._begin(phase, epoch + 1, self.cooldown)
-        # Unless the whole epoch belongs to a phase that has ended already.
-        is_of_phase = last_started(self._sequence.phase_starts) in (-1, phase)
-        is_best = False
-        if is_of_phase and not self._is_last(phase):
-            value = self._value_in(logs or {})
-            is_best = value is not None and self._is_better(value, seen)
-            if value is not None and self._is_stalled(value, seen):
-                self._switch(epoch, seen)
-                seen = self._begin(phase + 1, epoch + 1, self.cooldown)
-        self._write(seen, is_best)
-
-    def _is_last(self, phase: int) -> bool:
-        return phase == len(self._sequence.boundaries)
-
-    def _check_alone(self, seen: _Seen, epoch: int) -> None:
         if seen.next_epoch > epoch:
             raise ValueError(
                 "Each `SwitchOnPlateau` must watch a metric of its own. Received: two "
                 f'with monitor="{self.monitor}". Leave one of them out.'
             )
+        if phase != seen.phase:
+            seen = self._begin(seen.started, self.cooldown)
+        seen.next_epoch = epoch + 1
+        # Not if the whole epoch belongs to a phase that has ended already.
+        is_of_phase = last_started(self._sequence.phase_starts) in (-1, phase)
+        can_end = phase < len(self._sequence.boundaries)
+        is_best = False
+        if is_of_phase and can_end and self._is_in(logs):
+            is_best = self._count(float(logs[self.monitor]), seen)
+            if self._is_stalled(seen):
+                self._switch(epoch, seen)
+        self._write(seen, is_best)
 
-    def _value_in(self, logs: dict[str, Any]) -> float | None:
-        if self.monitor in logs:
-            return float(logs[self.monitor])
-        if not self._warned:
+    def _is_in(self, logs: dict[str, Any]) -> bool:
+        """Whether the metric is in the logs; warns once if it is not."""
+        if self.monitor not in logs and not self._warned:
             warnings.warn(
                 f"`SwitchOnPlateau` watches the metric `{self.monitor}`, which is not "
                 f"available. Available metrics are: {', '.join(logs)}.",
-                stacklevel=2,
+                stacklevel=3,
             )
-        self._warned = True
-        return None
+            self._warned = True
+        return self.monitor in logs
 
-    def _is_better(self, value: float, seen: _Seen) -> bool:
-        return self._sign * value > self._sign * seen.best + self.min_delta
-
-    def _is_stalled(self, value: float, seen: _Seen) -> bool:
-        """Counts the epoch, and returns whether it was one too many."""
-        in_cooldown = seen.cooldown > 0
-        seen.cooldown -= in_cooldown
-        if self._is_better(value, seen):
+    def _count(self, value: float, seen: _Seen) -> bool:
+        """Counts an epoch, and returns whether it is the best of its phase so far."""
+        is_best = self._sign * value > self._sign * seen.best + self.min_delta
+        if is_best:
             seen.best, seen.wait = value, 0
-            return False
-        if in_cooldown:
-            return False
-        seen.wait += 1
-        updates = self._iterations() - seen.started
-        return seen.wait >= self.patience and updates >= self.min_iterations
+        elif seen.cooldown == 0:
+            seen.wait += 1
+        seen.cooldown = max(seen.cooldown - 1, 0)
+        return is_best
+
+    def _is_stalled(self, seen: _Seen) -> bool:
+        begin = max(seen.started, self._sequence.phase_starts[int(seen.phase)])
+        updates = self._iterations() - begin
+        return updates >= self.min_iterations and seen.wait >= max(self.patience, 1)
 
     def _switch(self, epoch: int, seen: _Seen) -> None:
         # There is no best epoch if the metric was never a number.
         if self.restore_best_weights and math.isfinite(seen.best):
-            notes, start = self._sequence.notes, f"{self._key}/weight/"
-            weights = [notes[key] for key in notes if key.startswith(start)]
+            notes = self._sequence.notes
+            weights = [notes[key] for key in notes if key.startswith(self._weight_key)]
             self.model.set_weights(weights)
         before = self._sequence.active_child().name
         self._sequence.advance()
         if self.verbose:
             after = self._sequence.active_child().name
-            print_line(
-                self,
-                f"epoch {epoch + 1}: {before} -> {after}, after {int(seen.wait)} "
-                f"without a better {self.monitor} than {seen.best:g}",
-            )
+            wait = f"{seen.wait:g} without a better {self.monitor} than {seen.best:g}"
+            print_line(self, f"epoch {epoch + 1}: {before} -> {after}, after {wait}")
 
-    def _begin(self, phase: int, next_epoch: int, cooldown: int = 0) -> _Seen:
-        """Returns what has been seen of a phase that has just begun: nothing."""
-        start = int(self._sequence.phase_starts[phase])
-        return _Seen(
-            phase=phase,
-            started=start if start >= 0 and next_epoch >= 0 else self._iterations(),
-            best=-self._sign * math.inf,
-            next_epoch=next_epoch,
-            cooldown=cooldown,
-        )
+    def _begin(self, started: float, cooldown: int = 0) -> _Seen:
+        """Returns what has been seen of the current phase at its begin: nothing."""
+        best = -self._sign * math.inf
+        return _Seen(int(self._sequence.phase), started, best, -1, cooldown)
 
     def _iterations(self) -> int:
         return int(self._sequence.iterations.numpy())
@@ -240,23 +222,20 @@ class SwitchOnPlateau(keras.callbacks.Callback):
     # What is noted with the optimizer is saved, and restored, with it.
 
     def _read(self) -> _Seen:
-        notes = self._sequence.notes
-        keys = {field.name: f"{self._key}/{field.name}" for field in fields(_Seen)}
-        if not notes.keys() >= set(keys.values()):
-            # Restored from a backup that was made without the callback.
-            return self._begin(int(self._sequence.phase), next_epoch=-1)
-        return _Seen(**{name: float(notes[key]) for name, key in keys.items()})
+        noted = self._sequence.notes.get(self._seen_key)
+        if noted is None:  # also in a backup that was made without the callback
+            return self._begin(self._iterations())
+        return _Seen(*noted.tolist())
 
     def _write(self, seen: _Seen, is_best: bool = False) -> None:
         """Notes what has been seen, and the weights if they are the best so far."""
         notes = self._sequence.notes
-        for name, number in asdict(seen).items():
-            notes[f"{self._key}/{name}"] = np.array(number, np.float64)
+        notes[self._seen_key] = np.array(astuple(seen))
         if self.restore_best_weights and is_best:
             for i, weight in enumerate(self.model.get_weights()):
                 # NumPy cannot write bfloat16, which float32 holds exactly.
                 dtype = np.float32 if weight.dtype.kind == "V" else weight.dtype
-                notes[f"{self._key}/weight/{i}"] = weight.astype(dtype)
+                notes[f"{self._weight_key}{i}"] = weight.astype(dtype)
 
 
 def _sign(mode: str, monitor: str) -> int:
@@ -276,12 +255,3 @@ def _sign(mode: str, monitor: str) -> int:
         f"way is better. Received: mode={mode!r}, monitor={monitor!r}. Pass "
         '`mode="min"` or `mode="max"`.'
     )
-
-
-def _check_at_least_0(**arguments: float) -> None:
-    for name, value in arguments.items():
-        if not value >= 0:
-            raise ValueError(
-                f"`{name}` must be >= 0. Received: {name}={value!r}. "
-                "Pass 0 to do without."
-            )
