@@ -42,10 +42,11 @@ class SwitchOnPlateau(keras.callbacks.Callback):
     counts for the phase that its last update ran in. In the last phase the callback
     does nothing.
 
-    A call of `fit` starts anew, unless `BackupAndRestore` resumes it. What the
-    callback has seen is saved with the optimizer, so a resumed run switches in the
-    same epoch as one that was never interrupted. Put it before `BackupAndRestore` in
-    the list of callbacks, which saves when its turn comes.
+    A call of `fit`, or of `on_train_begin` in your own loop, starts anew, unless
+    `BackupAndRestore` resumes it. What the callback has seen is saved with the
+    optimizer, so a resumed run switches in the same epoch as one that was never
+    interrupted. Put it before `BackupAndRestore` in the list of callbacks, which saves
+    when its turn comes.
 
     Example:
 
@@ -75,9 +76,9 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         min_iterations: int >= 0, the number of updates that a phase makes in this
             call of `fit` before the callback may end it. Defaults to 0.
         restore_best_weights: bool, whether after a phase that the callback ends the
-            next one starts from the weights of its best epoch, instead of its last.
-            A copy of the weights is then saved with the optimizer. Defaults to
-            `False`.
+            next one starts from the weights of its best epoch, instead of its last:
+            those of the whole model, also if it has several optimizers. A copy of
+            them is then saved with the optimizer. Defaults to `False`.
         verbose: 1 to print a line at each switch, 0 (the default) for silence.
         optimizer: the SequentialOptimizer whose phases the callback ends, or an
             optimizer that wraps it. Defaults to that of the model: the one in
@@ -126,10 +127,20 @@ class SwitchOnPlateau(keras.callbacks.Callback):
                 )
 
     def set_model(self, model: keras.Model) -> None:
-        """Starts anew. Keras calls it before any callback restores a backup."""
+        """Makes the notes into which a backup is restored, if there are none yet.
+
+        Keras calls it before any callback restores one, and in `evaluate` as well.
+        """
         super().set_model(model)
         self._sequence = find_sequence(self)
         self._warned = False
+        self._write(self._read())
+        self._noted = self._sequence.notes[self._seen_key]
+
+    def on_train_begin(self, logs: Logs = None) -> None:
+        """Starts anew, unless a callback before this one has restored a backup."""
+        if self._sequence.notes.get(self._seen_key) is not self._noted:
+            return
         if int(self._sequence.phase) == len(self._sequence.boundaries):
             raise ValueError(
                 "`SwitchOnPlateau` needs a phase that can still end. Received: an "
@@ -231,6 +242,7 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         """Notes what has been seen, and the weights if they are the best so far."""
         notes = self._sequence.notes
         notes[self._seen_key] = np.array(astuple(seen))
+        is_best = is_best or f"{self._weight_key}0" not in notes
         if self.restore_best_weights and is_best:
             for i, weight in enumerate(self.model.get_weights()):
                 # NumPy cannot write bfloat16, which float32 holds exactly.

@@ -415,6 +415,31 @@ def test_last_phase_is_an_error_when_fit_begins(how):
     assert model.train_steps == steps
 
 
+def test_evaluate_and_predict_in_the_last_phase():
+    # Those who pass the same callbacks everywhere once got the error of `fit`.
+    model = make_model(make_sgds(()))
+    model.evaluate(X, Y, verbose=0, callbacks=[SwitchOnPlateau()])
+    model.predict(X, verbose=0, callbacks=[SwitchOnPlateau()])
+
+
+def test_evaluate_within_a_run_leaves_what_was_noted():
+    # Keras then calls `set_model` again, which once started the patience, the best
+    # value and the best weights anew.
+    class Evaluate(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.evaluate(X, Y, verbose=0, callbacks=[plateau])
+
+    states = []
+    for others in ([], [Evaluate()]):
+        plateau = SwitchOnPlateau(patience=2, restore_best_weights=True)
+        model = make_model(make_sequence([None]))
+        recorder = Recorder(model.optimizer)
+        fit(model, len(VALUES), [*others, Script(VALUES), plateau, recorder])
+        assert list(recorder.phases.values()) == [0, 0, 0, 1, 1, 1]
+        states.append(weights_of(model.weights))
+    assert_same(*states)
+
+
 def test_missing_metric_warns_once_and_names_those_that_exist():
     model = make_model(make_sgds((None,)), metrics=["mae"], run_eagerly=True)
     callback = SwitchOnPlateau("val_accuracy", patience=1)
@@ -700,14 +725,14 @@ def test_killed_run_resumes_from_a_tensorflow_checkpoint(epoch, tmp_path):
     assert_same(state, expected_state)
 
 
-@pytest.mark.parametrize("epoch", [1, 3])
+@pytest.mark.parametrize("epoch", [1, 3, 6])  # the last one in the last phase
 def test_resumed_run_warns_if_it_was_saved_before_the_turn(epoch, tmp_path):
     def around(plateau):
         return [keras.callbacks.BackupAndRestore(tmp_path / "backup"), plateau]
 
-    assert start("plain", EPOCHS, lambda p: [*around(p), Kill(epoch)]) is None
+    assert start("best weights", EPOCHS, lambda p: [*around(p), Kill(epoch)]) is None
     with pytest.warns(UserWarning, match="Put it before the callback that saves"):
-        start("plain", epoch + 1, around)
+        start("best weights", EPOCHS, around)  # which goes on to the end
 
 
 def test_backup_made_without_the_callback_is_watched_from_there(tmp_path):
