@@ -48,7 +48,10 @@ def check_variables(variables: Sequence[Any], optimizer: Any) -> None:
 
 def computed_first(grads: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
     """Returns a context in which all operations of a graph wait for the gradients."""
-    parts = tf.nest.flatten(list(grads), expand_composites=True)
+    parts: list[Any] = []
+    for gradient in grads:
+        is_sparse = isinstance(gradient, tf.IndexedSlices)
+        parts += [gradient.values, gradient.indices] if is_sparse else [gradient]
     return tf.control_dependencies([p for p in parts if tf.is_symbolic_tensor(p)])
 
 

@@ -328,6 +328,14 @@ def test_sparse_gradients_of_a_variable_with_unknown_rows(mode):
     np.testing.assert_array_equal(actual, train(lambda: optimizers.SGD(0.1)))
 
 
+def test_sparse_gradients_of_plain_numbers():
+    # Keras' own tests make them so: the order of updates is told by tensors only.
+    variable = keras.Variable([1.0, 2.0])
+    optimizer = SequentialOptimizer([keras.optimizers.SGD(1.0)], [])
+    optimizer.apply([tf.IndexedSlices(np.ones(1, "float32"), (1,), (2,))], [variable])
+    np.testing.assert_equal(variable.numpy(), [1.0, 1.0])
+
+
 def test_variable_of_unknown_rank_is_trained_and_saved(tmp_path):
     weight = tf.Variable([[1.0], [2.0]], shape=tf.TensorShape(None))
     optimizer = SequentialOptimizer([optimizers.SGD(0.1), optimizers.SGD(0.2)], [1])
