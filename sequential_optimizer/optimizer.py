@@ -289,10 +289,11 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         """The learning rate of the current phase's child.
 
         A variable or a scalar float tensor; in a graph it is NaN for a child that has
-        several rates (`MultiOptimizer`). Setting it sets the active child's: a number,
-        in eager or in graph code, or outside of graphs anything else that the child
-        takes. A child that was created with a `LearningRateSchedule`
-        raises `TypeError` when a number is set, as it does on its own.
+        several rates (`MultiOptimizer`). Setting it with `=` sets the active child's: a
+        number, in eager or in graph code, or outside of graphs anything else that the
+        child takes. (A tensor has no `assign`.) A child that was created with a
+        `LearningRateSchedule` raises `TypeError` when a number is set, as it does
+        alone.
         """
         if tf.executing_eagerly():
             return self.active_child().learning_rate
@@ -619,6 +620,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         Raises:
             ValueError: if the config is not one of a SequentialOptimizer.
         """
+        if cls is not SequentialOptimizer and "optimizers" not in config:
+            return cls(**config)  # A subclass with arguments and a config of its own.
         optimizers = _children.from_config(config, custom_objects)
         ours = {"optimizers", "child_of_phase", "settings"}
         arguments = {key: config[key] for key in config.keys() - ours}

@@ -175,6 +175,29 @@ def test_repr_shows_children_and_boundaries():
     )
 
 
+# --- a subclass --------------------------------------------------------------
+
+
+@keras.saving.register_keras_serializable("test_silent_mistakes")
+class AdamThenSGD(SequentialOptimizer):
+    def __init__(self, boundary, name=None):
+        super().__init__([optimizers.Adam(), optimizers.SGD()], [boundary], name)
+
+    def get_config(self):
+        return {"boundary": self.boundaries[0], "name": self.name}
+
+
+# Keras documents this way to write an optimizer, and makes it again from its config.
+def test_subclass_with_its_own_config_is_loaded(tmp_path):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(AdamThenSGD(3), "mse")
+    model.fit(np.ones((4, 2)), np.ones((4, 1)), epochs=2, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded.optimizer) is AdamThenSGD
+    assert_same(loaded.optimizer.variables, model.optimizer.variables)
+
+
 # --- compile-time constants --------------------------------------------------
 
 
