@@ -4,7 +4,7 @@
     python -m tests.compatibility nightly:nightly      # what comes next
 
 Each pair gets a virtual environment of its own. The outcome goes to
-compatibility.json, and from there into the table of the README. Left out are the tests
+compatibility.json, and from there into the table of README.md. Left out are the tests
 of what does not depend on these versions much, but takes long: the benchmarks, clusters
 and `slow` ones. `.ci/run` runs those too: with the newest pair, and all but the
 benchmarks with the oldest.
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+README = ROOT / "tests" / "README.md"
 OUTCOMES = Path(__file__).with_suffix(".json")
 LEFT_OUT = "benchmark*", "cluster", "compatibility", "digits", "faults", "strategies"
 _TABLE = re.compile(r"(?<=<!-- begin compatibility -->\n).*?(?=<!-- end)", re.DOTALL)
@@ -98,7 +98,7 @@ def counts(output: str) -> dict[str, Any]:
 
 
 def table(outcomes: Sequence[dict[str, Any]]) -> str:
-    """Returns the table of the README."""
+    """Returns the table of README.md."""
     lines = ["| TensorFlow | Keras | tests | date |", "| --- | --- | --- | --- |"]
     for one in sorted(outcomes, key=order):
         failed = f", {len(one['failed'])} failed" if one["failed"] else ""

@@ -18,21 +18,17 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 @pytest.fixture
 def names(tmp_path, monkeypatch):
-    """What the examples take for granted: a model, data, and saved runs."""
+    """What the examples take for granted: a model and data."""
     monkeypatch.chdir(tmp_path)
     mpl.use("agg")
     rng = np.random.default_rng(0)
     x = rng.normal(size=(32, 3)).astype(np.float32)
     y = x.sum(axis=1, keepdims=True)
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
-    model.compile("adam", loss="mse")
-    model.fit(x, y, verbose=0)
-    model.save("adam.keras")
     return {
         "SequentialOptimizer": SequentialOptimizer,
         "batches": [(x, y)] * 3,
         "loss_fn": keras.losses.MeanSquaredError(),
-        "model": model,
+        "model": keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)]),
         "tf": tf,
         "x": x,
         "y": y,
@@ -41,14 +37,14 @@ def names(tmp_path, monkeypatch):
 
 def test_examples_of_the_readme(names):
     blocks = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 9
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+    assert len(blocks) == 4
+    for i, block in enumerate(blocks):
+        path = Path(f"block_{i}.py")  # AutoGraph reads it there.
+        path.write_text(block)
+        exec(compile(block, path, "exec"), names)
     assert {0, 1} == set(names["history"].history["phase"])
-    assert int(names["resumed"].optimizer.iterations) == 20
-    assert int(names["resumed"].optimizer.phase) == 1
-    # `adam.keras` was saved after one update.
-    assert int(names["model"].optimizer.children[0].iterations) == 3
+    assert int(names["resumed"].optimizer.iterations) == 40
+    assert int(names["model"].optimizer.iterations) == 30
 
 
 @pytest.mark.parametrize(
@@ -65,7 +61,7 @@ def test_example_of_the_docstring(name):
 
 def test_boundary_table_of_the_readme():
     rows = re.findall(
-        r"^\| (`optimizer.phase`|child that .*?)\s*\|(.*)\|$", README, re.M
+        r"^\| (`optimizer.phase`[^|]*|child that .*?)\s*\|(.*)\|$", README, re.M
     )
     phases, children = ([cell.strip() for cell in row.split("|")] for _, row in rows)
     optimizer = SequentialOptimizer(["adam", "sgd"], [3])
@@ -77,8 +73,9 @@ def test_boundary_table_of_the_readme():
         optimizer.apply([tf.constant(1.0)], [weight])
 
 
-def test_guarantees_of_the_readme_name_tests_that_exist():
-    tests = "\n".join(p.read_text() for p in Path(__file__).parent.rglob("test_*.py"))
-    named = re.findall(r"`(test_\w+)`", README)
+def test_guarantees_name_tests_that_exist():
+    folder = Path(__file__).parent
+    tests = "\n".join(path.read_text() for path in folder.rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", (folder / "README.md").read_text())
     assert named
     assert [name for name in named if f"def {name}(" not in tests] == []
