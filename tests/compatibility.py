@@ -4,10 +4,9 @@
     python -m tests.compatibility nightly:nightly      # what comes next
 
 Each pair gets a virtual environment of its own. The outcome goes to
-compatibility.json, and from there into the table of README.md. Left out are the tests
-of what does not depend on these versions much, but takes long: the benchmarks, clusters
-and `slow` ones. `.ci/run` runs those too: with the newest pair, and all but the
-benchmarks with the oldest.
+compatibility.json, and from there into the table of README.md. These are the quick
+tests; `.ci/run` runs the slow ones too: with the newest pair, and all but the benchmarks
+with the oldest.
 """
 
 import argparse
@@ -27,7 +26,6 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 README = ROOT / "tests" / "README.md"
 OUTCOMES = Path(__file__).with_suffix(".json")
-LEFT_OUT = "benchmark*", "cluster", "compatibility", "digits", "faults", "strategies"
 _TABLE = re.compile(r"(?<=<!-- begin compatibility -->\n).*?(?=<!-- end)", re.DOTALL)
 _VERSIONS = """
 import os
@@ -67,10 +65,7 @@ def outcome_of(tensorflow: str, keras: str) -> dict[str, Any]:
             run([*install, "-e", f"{ROOT}[test]", *pair])
         versions = run([python, "-c", _VERSIONS]).split()
         done = subprocess.run(
-            [
-                *(python, "-m", "pytest", "-q"),
-                *(f"--ignore-glob=*test_{name}.py" for name in LEFT_OUT),
-            ],
+            [python, "-m", "pytest", "-q"],
             cwd=ROOT,
             capture_output=True,
             text=True,

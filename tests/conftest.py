@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+from pathlib import Path
 
 # Less noise on the screen; must be set before TensorFlow is imported.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -9,6 +10,14 @@ import keras
 import pytest
 
 MODES = ("eager", "graph", "xla")
+SLOW = Path(__file__).parent / "slow"
+
+
+def pytest_collection_modifyitems(items):
+    """Marks what is in the folder `slow`."""
+    for item in items:
+        if item.path.is_relative_to(SLOW):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(params=MODES)

@@ -1,0 +1,563 @@
+"""State that is loaded before `build`, or after the model has changed."""
+
+import copy
+import pickle
+import re
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from sequential_optimizer import PhaseLogger, SequentialOptimizer, SwitchOnPlateau
+from tests.helpers.oracle import assert_same, weights_of
+from tests.helpers.saving import (
+    BOUNDARY,
+    CASES,
+    adam_sgd,
+    build,
+    make_model,
+    state_of,
+    train,
+    warnings_of,
+)
+from tests.helpers.saving_ways import checkpoint_in, save_checkpoint
+
+optimizers = keras.optimizers
+CALLS = BOUNDARY + 1
+
+
+def trained(make=adam_sgd, calls=CALLS):
+    model = make_model(make())
+    train(model, 0, calls)
+    return model
+
+
+# --- before `build` --------------------------------------------------------------
+
+HELD = ["adam_sgd", "returning", "ema", "accumulation", "nested", "loss_scaled"]
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_weights_loaded_after_compile_continue(tmp_path, name):
+    # What KerasTuner does with its best trials, and any new process; it once raised.
+    case = CASES[name]
+    model = trained(case.make)
+    model.save_weights(tmp_path / "model.weights.h5")
+    expected = train(model, CALLS, 6)
+    loaded = make_model(case.make())
+    if name == "loss_scaled":
+        # Keras skips the wrapper itself, with any optimizer inside of it.
+        warnings_of(loaded.load_weights, tmp_path / "model.weights.h5")
+        expected = [weights for weights, _ in expected]
+        assert_same([weights for weights, _ in train(loaded, CALLS, 6)], expected)
+        return
+    loaded.load_weights(tmp_path / "model.weights.h5")
+    assert_same(train(loaded, CALLS, 6), expected)
+
+
+def test_what_is_held_is_saved(tmp_path):
+    model = trained()
+    model.save_weights(tmp_path / "model.weights.h5")
+    expected = train(model, CALLS, 6)
+    held = make_model(adam_sgd())
+    held.load_weights(tmp_path / "model.weights.h5")
+    held.save_weights(tmp_path / "again.weights.h5")
+    loaded = make_model(adam_sgd())
+    loaded.load_weights(tmp_path / "again.weights.h5")
+    assert_same(train(loaded, CALLS, 6), expected)
+
+
+def test_what_is_held_is_applied_while_the_step_is_traced(tmp_path):
+    model = trained()
+    model.save_weights(tmp_path / "model.weights.h5")
+    loaded = make_model(adam_sgd())
+    loaded.load_weights(tmp_path / "model.weights.h5")
+    gradients = [tf.ones(weight.shape) for weight in model.trainable_variables]
+    model.optimizer.apply(gradients, model.trainable_variables)
+
+    @tf.function(jit_compile=True)
+    def step():
+        loaded.optimizer.apply(gradients, loaded.trainable_variables)
+
+    step()
+    assert_same(state_of(loaded)[1][:4], state_of(model)[1][:4])
+
+
+def _pickled(optimizer):
+    return pickle.loads(pickle.dumps(optimizer))
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, _pickled])
+def test_copy_of_a_built_optimizer_has_its_state(way):
+    model = trained()
+    copied = way(model.optimizer)
+    other = make_model()
+    other.set_weights(model.get_weights())
+    other.compile(copied, "mse", jit_compile=False)
+    assert_same(train(other, CALLS, 6), train(model, CALLS, 6))
+
+
+@pytest.mark.parametrize(
+    "make", [PhaseLogger, lambda: SwitchOnPlateau("loss", restore_best_weights=True)]
+)
+def test_callback_is_pickled_after_fit(make):
+    model = make_model(adam_sgd([None]))
+    callback = make()
+    x, y = np.ones((8, 4)), np.ones((8, 1))
+    model.fit(x, y, verbose=0, callbacks=[callback])
+    loaded = pickle.loads(pickle.dumps(callback))
+    assert type(loaded) is type(callback)
+    # Nor does it need anything of the run that it was in.
+    make_model(adam_sgd([None])).fit(x, y, verbose=0, callbacks=[loaded])
+
+
+@pytest.mark.parametrize("attribute", [{"seed": 1}, [1, 2], tf.Variable(1.0)])
+def test_attribute_that_only_the_saved_one_has(tmp_path, attribute):
+    # Keras 3.16 makes another in `build`. It was once taken for another optimizer's.
+    saved = make_model(adam_sgd())
+    saved.optimizer.run_info = attribute
+    train(saved, 0, CALLS)
+    save_checkpoint(saved, tmp_path)
+    for prepare in (lambda model: model, build):
+        model = prepare(make_model(adam_sgd()))
+        checkpoint = tf.train.Checkpoint(model=model)
+        checkpoint.read(checkpoint_in(tmp_path)).expect_partial()
+        build(model)
+        assert_same(state_of(model), state_of(saved))
+
+
+class Lookahead(optimizers.Optimizer):
+    """A user's wrapper that leaves the variables of its inner optimizer to Keras."""
+
+    def __init__(self, inner, **kwargs):
+        super().__init__(learning_rate=0.0, **kwargs)
+        self.inner = inner
+
+    def build(self, variables):
+        if not self.built:
+            super().build(variables)
+            self.inner.build(variables)
+
+    def apply(self, grads, trainable_variables=None):
+        self.inner.apply(grads, trainable_variables)
+        self.assign_add(self._iterations, 1)
+
+
+class Counting(optimizers.SGD):
+    """A user's optimizer that saves a number of its own."""
+
+    told = 0
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        store["told"] = np.array(self.told)
+
+    def load_own_variables(self, store):
+        store = dict(store)
+        told = int(store.pop("told"))
+        if told < 0:
+            raise ValueError("cannot be told so")
+        super().load_own_variables(store)
+        self.told = told
+
+
+def _own_classes():
+    return SequentialOptimizer(
+        [Lookahead(optimizers.Adam(0.05)), Counting(0.02, momentum=0.9)], [BOUNDARY]
+    )
+
+
+@pytest.mark.parametrize("built", [True, False], ids=["built", "unbuilt"])
+def test_what_a_users_class_saves_is_loaded(tmp_path, built):
+    model = trained(_own_classes)
+    model.optimizer.children[1].told = 7
+    model.save_weights(tmp_path / "model.weights.h5")
+    loaded = make_model(_own_classes())
+    if built:
+        build(loaded)
+    loaded.load_weights(tmp_path / "model.weights.h5")
+    build(loaded)
+    for optimizer in (model.optimizer, loaded.optimizer):
+        assert int(optimizer.children[0].inner.iterations) == BOUNDARY
+        assert optimizer.children[1].told == 7
+    inner, inner_loaded = (m.optimizer.children[0].inner for m in (model, loaded))
+    assert_same(weights_of(inner_loaded.variables), weights_of(inner.variables))
+    assert_same(train(loaded, CALLS, 6), train(model, CALLS, 6))
+
+
+@pytest.mark.parametrize(
+    "holder", [lambda o: o, lambda o: [o], lambda o: (o,), lambda o: {"o": o}]
+)
+def test_optimizer_in_an_attribute_of_a_child_is_saved_with_it(holder):
+    class Holding(optimizers.SGD):
+        def build(self, variables):
+            if not self.built:
+                super().build(variables)
+                self.parts = holder(self.inner)
+                self.inner.build(variables)
+
+    def make():
+        child = Holding(0.1)
+        child.inner = optimizers.Adam(0.1)
+        sequence = SequentialOptimizer([child], [])
+        child.owner = sequence  # A circle must not be walked forever.
+        return sequence
+
+    variables = [keras.Variable(np.ones(2), name="w")]
+    saved, loaded, store = make(), make(), {}
+    for optimizer in (saved, loaded):
+        optimizer.build(variables)
+    saved.children[0].inner.apply([tf.ones(2)], variables)
+    saved.save_own_variables(store)
+    loaded.load_own_variables(store)
+    inner, inner_loaded = (one.children[0].inner for one in (saved, loaded))
+    assert int(inner_loaded.iterations) == 1
+    assert_same(weights_of(inner_loaded.variables), weights_of(inner.variables))
+
+
+@pytest.mark.parametrize("built", [True, False], ids=["built", "unbuilt"])
+def test_optimizer_that_children_share_is_saved_once(built):
+    # The layout listed it twice, and the file could never be loaded.
+    def make():
+        shared = optimizers.Adam(0.05)
+        return SequentialOptimizer(
+            [Lookahead(shared, name="a"), Lookahead(shared, name="b")], [BOUNDARY]
+        )
+
+    variables = [keras.Variable(np.ones(2), name="w")]
+    saved, loaded, store = make(), make(), {}
+    for _ in range(CALLS):
+        saved.apply([tf.ones(2)], variables)
+    saved.save_own_variables(store)
+    if built:
+        loaded.build(variables)
+    loaded.load_own_variables(store)
+    loaded.build(variables)
+    inner, inner_loaded = (one.children[1].inner for one in (saved, loaded))
+    assert int(inner_loaded.iterations) == CALLS
+    assert_same(weights_of(inner_loaded.variables), weights_of(inner.variables))
+
+
+def test_file_from_before_build_resets_what_has_trained(tmp_path):
+    # Its counters were once loaded, and the moments stayed.
+    kwargs = {"use_ema": True}
+    model = make_model(adam_sgd(**kwargs))
+    model.save_weights(tmp_path / "start.weights.h5")
+    expected = train(model, 0, 6)
+    model.load_weights(tmp_path / "start.weights.h5")
+    assert_same(train(model, 0, 6), expected)
+
+
+def test_checkpoint_from_before_build_is_refused_by_what_has_trained(tmp_path):
+    save_checkpoint(make_model(adam_sgd()), tmp_path)
+    model = trained()
+    before = state_of(model)
+    checkpoint = tf.train.Checkpoint(model=model)
+    with pytest.raises(ValueError, match="saved before the optimizer was built"):
+        checkpoint.read(checkpoint_in(tmp_path))
+    assert_same(state_of(model), before)
+    fresh = build(make_model(adam_sgd()))
+    tf.train.Checkpoint(model=fresh).read(checkpoint_in(tmp_path))
+    assert_same(train(fresh, 0, 6), train(make_model(adam_sgd()), 0, 6))
+
+
+def test_learning_rate_set_in_the_run_makes_no_other_child(tmp_path):
+    # In the file the first then looks like the second, and refused its own file.
+    def make():
+        keras.utils.clear_session(free_memory=False)
+        # Without `name`, older versions of Keras call both of them `adam`.
+        adams = [optimizers.Adam(rate, name=None) for rate in (0.05, 0.01)]
+        return SequentialOptimizer(adams, [BOUNDARY])
+
+    model = make_model(make())
+    train(model, 0, 2)
+    model.optimizer.learning_rate = 0.01
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert_same(state_of(loaded), state_of(model))
+    loaded.save_weights(tmp_path / "again.weights.h5")
+    again = build(make_model(make()))
+    again.load_weights(tmp_path / "again.weights.h5")
+    assert_same(state_of(again), state_of(model))
+
+
+def test_child_that_says_no_to_what_was_held_is_not_trained(tmp_path):
+    model = trained(_own_classes)
+    model.optimizer.children[1].told = "x"
+    store = {}
+    model.optimizer.save_own_variables(store)
+    loaded = make_model(_own_classes())
+    loaded.optimizer.load_own_variables(store)
+    for _ in range(2):
+        with pytest.raises(Exception, match=r"invalid literal|Create a new optimizer"):
+            train(loaded, 0, 1)
+
+
+def test_child_that_says_no_leaves_the_others(tmp_path):
+    model = trained(_own_classes)
+    model.optimizer.children[1].told = -1
+    model.save_weights(tmp_path / "model.weights.h5")
+    loaded = trained(_own_classes, calls=1)
+    before = state_of(loaded)
+    inner = weights_of(loaded.optimizer.children[0].inner.variables)
+    with pytest.raises(ValueError, match="cannot be told so"):
+        loaded.load_weights(tmp_path / "model.weights.h5")
+    assert_same(state_of(loaded)[1], before[1])
+    after = weights_of(loaded.optimizer.children[0].inner.variables)
+    assert_same(after, inner)
+
+
+def test_unregistered_class_is_named_in_full():
+    # All that Keras leaves us to say when the package is not imported.
+    config = keras.saving.serialize_keras_object(adam_sgd())
+    assert config["registered_name"] == "sequential_optimizer>SequentialOptimizer"
+    assert config["module"].startswith("sequential_optimizer")
+
+
+# --- other variables -----------------------------------------------------------------
+
+
+def two_layers(optimizer, frozen=()):
+    """Returns a model, the first layers of which may be frozen."""
+    keras.utils.clear_session(free_memory=False)
+    starts = [keras.initializers.GlorotUniform(seed=i) for i in range(3)]
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(4, "tanh", kernel_initializer=starts[0]),
+            keras.layers.Dense(4, "tanh", kernel_initializer=starts[1]),
+            keras.layers.Dense(1, kernel_initializer=starts[2]),
+        ]
+    )
+    for i in frozen:
+        model.layers[i].trainable = False
+    model.compile(optimizer, "mse", jit_compile=False)
+    return model
+
+
+def _freeze(model):
+    model.layers[0].trainable = False
+    return model
+
+
+def _unfreeze(model):
+    model.layers[0].trainable = True
+    return model
+
+
+CHANGES = {
+    # name: (frozen layers at first, what happens after the training)
+    "frozen": ((), _freeze),
+    "unfrozen": ((0,), _unfreeze),
+}
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"use_ema": True}], ids=["plain", "ema"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_model_that_was_frozen_after_the_training_loads(tmp_path, change, kwargs):
+    # It once failed, after the training, where plain Keras warns.
+    frozen, edit = CHANGES[change]
+    model = two_layers(adam_sgd(**kwargs), frozen)
+    train(model, 0, CALLS)
+    model = edit(model)
+    model.save(tmp_path / "model.keras")
+    with pytest.warns(UserWarning, match=r"`compile=False`") as caught:
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+    message = next(str(w.message) for w in caught if "compile=False" in str(w.message))
+    counts = re.findall(r"(\d) variables", message)
+    assert counts == (["6", "4"] if change == "frozen" else ["4", "6"])
+    optimizer = loaded.optimizer
+    assert int(optimizer.iterations) == CALLS
+    assert int(optimizer.phase) == 1
+    assert optimizer.phase_starts.tolist() == [0, BOUNDARY]
+    assert [int(child.iterations) for child in optimizer.children] == [0, 0]
+    assert not any(np.any(v) for v in optimizer.children[1].variables[2:])
+    # As if the child had just come: nothing of the old state is left.
+    fresh = two_layers(optimizers.SGD(0.02, momentum=0.9))
+    fresh.set_weights(loaded.get_weights())
+    for mine, theirs in zip(loaded.layers, fresh.layers, strict=True):
+        theirs.trainable = mine.trainable
+    states, expected = train(loaded, 0, 2), train(fresh, 0, 2)
+    assert_same([s[0] for s in states], [s[0] for s in expected])
+    if kwargs:
+        # The average goes on from the weights, not from zero.
+        optimizer.finalize_variable_values(loaded.trainable_variables)
+        for averaged, weight in zip(loaded.get_weights(), states[-1][0], strict=True):
+            np.testing.assert_allclose(averaged, weight, atol=0.2)
+    bare = keras.saving.load_model(tmp_path / "model.keras", compile=False)
+    assert_same(weights_of(bare.weights), weights_of(model.weights))
+
+
+def test_trained_optimizer_starts_afresh_too(tmp_path):
+    model = two_layers(adam_sgd())
+    train(model, 0, CALLS)
+    model.save_weights(tmp_path / "model.weights.h5")
+    frozen = two_layers(adam_sgd(), frozen=(0,))
+    train(frozen, 0, 2)
+    messages = warnings_of(frozen.load_weights, tmp_path / "model.weights.h5")
+    assert any("every child starts afresh" in message for message in messages)
+    fresh = build(two_layers(adam_sgd(), frozen=(0,)))
+    for child, other in zip(
+        frozen.optimizer.children, fresh.optimizer.children, strict=True
+    ):
+        assert_same(weights_of(child.variables), weights_of(other.variables))
+    assert int(frozen.optimizer.iterations) == CALLS
+
+
+def test_window_of_accumulation_starts_afresh_too(tmp_path):
+    model = two_layers(adam_sgd(gradient_accumulation_steps=2))
+    train(model, 0, 5)
+    model.save_weights(tmp_path / "model.weights.h5")
+    frozen = two_layers(adam_sgd(gradient_accumulation_steps=2), frozen=(0,))
+    train(frozen, 0, 1)
+    warnings_of(frozen.load_weights, tmp_path / "model.weights.h5")
+    assert int(frozen.optimizer.iterations) == 2
+    before = weights_of(frozen.weights)
+    train(frozen, 5, 6)
+    assert_same(weights_of(frozen.weights), before)
+    train(frozen, 6, 7)
+    assert int(frozen.optimizer.iterations) == 3
+
+
+def test_checkpoint_of_other_variables_is_refused(tmp_path):
+    model = two_layers(adam_sgd())
+    train(model, 0, CALLS)
+    save_checkpoint(model, tmp_path)
+    frozen = two_layers(adam_sgd(), frozen=(0,))
+    train(frozen, 0, 1)
+    before = state_of(frozen)
+    checkpoint = tf.train.Checkpoint(model=frozen)
+    with pytest.raises(ValueError, match="TensorFlow tells them apart by it"):
+        checkpoint.read(checkpoint_in(tmp_path))
+    assert_same(state_of(frozen), before)
+
+
+def test_file_of_another_model_is_refused(tmp_path):
+    model = trained()
+    model.save_weights(tmp_path / "model.weights.h5")
+    other = [keras.Variable(np.ones((3, 2)), name="elsewhere")]
+    optimizer = adam_sgd()
+    optimizer.build(other)
+    store = {}
+    model.optimizer.save_own_variables(store)
+    before = weights_of(optimizer.variables)
+    with pytest.raises(ValueError, match="must be of the model that it trains"):
+        optimizer.load_own_variables(store)
+    assert_same(weights_of(optimizer.variables), before)
+
+
+@pytest.mark.parametrize("make", [adam_sgd, CASES["nested"].make, CASES["ema"].make])
+def test_variables_in_another_order_are_matched(make):
+    # `quantize("float8")` reorders them when the model is loaded.
+    def variables():
+        return [
+            keras.Variable(np.full((2, 2), i + 1.0), name=f"w{i}") for i in range(3)
+        ]
+
+    def step(optimizer, trained, t):
+        gradients = [(t + 1.0) * tf.ones_like(v) * v for v in trained]
+        optimizer.apply(gradients, trained)
+
+    trained, optimizer = variables(), make()
+    for t in range(CALLS):
+        step(optimizer, trained, t)
+    store = {}
+    optimizer.save_own_variables(store)
+    reordered, other = variables()[::-1], make()
+    for variable, value in zip(reordered[::-1], trained, strict=True):
+        variable.assign(value)
+    other.build(reordered)
+    other.load_own_variables(store)
+    for t in range(CALLS, 6):
+        step(optimizer, trained, t)
+        step(other, reordered, t)
+    assert_same(weights_of(reordered[::-1]), weights_of(trained))
+    assert int(other.iterations) == int(optimizer.iterations)
+
+
+class Slow(optimizers.SGD):
+    """A user's optimizer whose variables are not named after the weights."""
+
+    def build(self, variables):
+        if not self.built:
+            super().build(variables)
+            self.slow = [
+                self.add_variable(v.shape, name=f"slow_{i}")
+                for i, v in enumerate(variables)
+            ]
+
+
+def test_order_that_names_do_not_tell_starts_afresh():
+    def make():
+        return SequentialOptimizer([Slow(0.1), optimizers.Adam(0.05)], [BOUNDARY])
+
+    trained, optimizer = [keras.Variable(np.ones(2), name=n) for n in "ab"], make()
+    for _ in range(2):
+        optimizer.apply([tf.ones(2)] * 2, trained)
+    store = {}
+    optimizer.save_own_variables(store)
+    other = make()
+    other.build(trained[::-1])
+    with pytest.warns(UserWarning, match="every child starts afresh"):
+        other.load_own_variables(store)
+    assert int(other.iterations) == 2
+    assert int(other.children[0].iterations) == 0
+
+
+def test_other_layer_of_the_same_shape_is_not_taken_for_it(tmp_path):
+    # The first is frozen in the one, the second in the other: shapes do not tell.
+    model = two_layers(adam_sgd(), frozen=(0,))
+    train(model, 0, CALLS)
+    model.save_weights(tmp_path / "model.weights.h5")
+    other = build(two_layers(adam_sgd(), frozen=(1,)))
+    messages = warnings_of(other.load_weights, tmp_path / "model.weights.h5")
+    assert any("every child starts afresh" in message for message in messages)
+    assert not any(np.any(v) for v in other.optimizer.children[0].variables[2:])
+
+
+def _quantized(mode):
+    model = two_layers(adam_sgd())
+    train(model, 0, CALLS)
+    # Keras warns of the input layer.
+    warnings_of(model.quantize, mode)
+    return model
+
+
+@pytest.fixture
+def _can_quantize():
+    if not hasattr(keras.Model, "quantize"):
+        pytest.skip("Keras is too old to quantize")
+
+
+@pytest.mark.usefixtures("_can_quantize")
+def test_model_that_was_quantized_after_the_training_loads(tmp_path):
+    model = _quantized("int8")
+    model.save(tmp_path / "model.keras")
+    with pytest.warns(UserWarning, match="every child starts afresh"):
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert int(loaded.optimizer.iterations) == CALLS
+
+
+@pytest.mark.usefixtures("_can_quantize")
+def test_model_that_is_trained_in_float8_continues(tmp_path):
+    # Keras lists the variables in another order when it loads such a model.
+    model = _quantized("float8")
+    model.compile(adam_sgd(), "mse", jit_compile=False)
+    x, y = np.ones((8, 4)), np.ones((8, 1))
+    model.fit(x, y, epochs=CALLS, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert int(loaded.optimizer.iterations) == CALLS
+    weights = []
+    for one in (model, loaded):
+        one.fit(x, y, epochs=2, verbose=0)
+        weights.append(
+            {
+                v.path.removeprefix("sequential/"): v.numpy()
+                for v in one.trainable_variables
+            }
+        )
+    assert weights[0].keys() == weights[1].keys()
+    for path, value in weights[0].items():
+        np.testing.assert_array_equal(weights[1][path], value)

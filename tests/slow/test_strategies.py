@@ -1,0 +1,60 @@
+"""Runs the tests in `strategies/` under each strategy, in a process of its own."""
+
+import concurrent.futures
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slow.strategies.conftest import AGGREGATES, STRATEGIES, VARIABLE
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-o", "addopts="]
+SECONDS = 240
+
+# A run that collects nothing, or skips everything, must not pass for a success.
+AT_LEAST_PASSED = {
+    "mirrored-2": 50,
+    "mirrored-4": 6,
+    "one-device": 40,
+    "central-storage": 45 if AGGREGATES else 9,
+}
+
+
+def run(name):
+    """Returns the exit code and the output of the tests under a strategy."""
+    # The cache belongs to the process that runs this.
+    command = [*COMMAND, "-p", "no:cacheprovider", "tests/slow/strategies"]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, VARIABLE: name},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=SECONDS,
+        )
+    except subprocess.TimeoutExpired as expired:
+        output = (expired.output or b"").decode(errors="replace")
+        return None, f"took more than {SECONDS} s:\n{output}"
+    return done.returncode, done.stdout
+
+
+@pytest.fixture(scope="module")
+def runs():
+    # Two at a time: these tests come last, when the other worker has none left.
+    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
+        yield {name: pool.submit(run, name) for name in STRATEGIES}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_everything_holds_under_the_strategy(name, runs):
+    code, output = runs[name].result()
+    assert code == 0, output
+    passed = re.search(r"(\d+) passed", output)
+    assert passed, output
+    assert int(passed[1]) >= AT_LEAST_PASSED[name], output
