@@ -5,8 +5,8 @@
 
 Each pair gets a virtual environment of its own. The outcome goes to
 compatibility.json, and from there into the table of README.md. These are the quick
-tests; `.ci/run` runs the slow ones too: with the newest pair, and all but the benchmarks
-with the oldest.
+tests; `.ci/run` runs the slow ones, too: with the newest pair, and all but the
+benchmarks with the oldest.
 """
 
 import argparse
