@@ -209,19 +209,28 @@ def test_one_wrong_array_refuses_the_file(damaged, tmp_path, damage, name):
             keras.saving.load_model(damaged / "model.keras")
 
 
+def _set_phases(fields, phases):
+    fields["optimizers"][""]["phases"] = phases
+
+
 LAYOUTS = {
     "empty": b"",
     "no_object": b"[]",
     "other_version": b'{"version": 2}',
     "nothing_but_the_version": b'{"version": 1}',
     # Raised another error, after which a checkpoint was loaded in part.
-    "names": lambda fields: fields["children"][0].update(name=[1]),
+    "names": lambda fields: fields["optimizers"]["children/0/"].update(name=[1]),
     "deep": b"[" * 100_000,
-    "phase_out_of_range": lambda fields: fields.update(child_of_phase=[0, 7]),
-    "starts_too_many": lambda fields: fields.update(phase_starts=[0] * 3),
-    "starts_impossible": lambda fields: fields.update(phase_starts=[0, 2**64]),
-    "array_without_shape": lambda fields: fields["arrays"].update({"0": ["iteration"]}),
+    "phase_out_of_range": lambda fields: _set_phases(fields, [[0, 0], [7, -1]]),
+    "starts_too_many": lambda fields: _set_phases(fields, [[0, 0, 0], [1, -1]]),
+    "starts_impossible": lambda fields: _set_phases(fields, [[0, 0], [1, 2**64]]),
+    "no_sequence": lambda fields: _set_phases(fields, []),
+    "other_bytes": lambda fields: fields.update(bytes=""),
+    "array_without_shape": lambda fields: fields["arrays"].update(
+        {"0": ["", "iteration"]}
+    ),
     "not_utf8": b"\xff\xfe",
+    "note_not_in_base64": lambda fields: fields["bytes"].update(a="?"),
 }
 
 
@@ -310,15 +319,22 @@ def test_deflated_gigabyte_is_not_read(damaged, key):
 
 def test_notes_that_claim_more_than_there_is_are_refused(tmp_path, monkeypatch):
     # A claimed array of 10**14 elements once ended in a MemoryError.
-    fields = trained().optimizer._saved_state.layout()
-    fields["notes"] = {"a": ["<f8", [10**14]]}
-    text = json.dumps(fields).encode() + b"\n12345678"
     saved = trained()
+    fields = saved.optimizer._saved_state.layout()
+    arrays = {"notes/a": ["<f8[100000000000000]", [8 * 10**14]]}
+    arrays["notes/b"] = ["<f8[2]", [16]]
+    fields["arrays"].update({key: ["notes/", *arrays[key]] for key in arrays})
+    fields["bytes"] = dict.fromkeys(arrays, "MTIzNDU2Nzg=")  # 8 bytes each
+    text = json.dumps(fields).encode()
     monkeypatch.setattr(_saving.SavedState, "serialize", lambda self: text)
     save_checkpoint(saved, tmp_path)
     monkeypatch.undo()
     model = trained(calls=2)
-    assert_refused("checkpoint", model, tmp_path, "must be as long as its layout says")
+    model.optimizer.notes.update(a=np.zeros(2))
+    assert_refused("checkpoint", model, tmp_path, "What a callback noted")
+    del model.optimizer.notes["a"]
+    model.optimizer.notes.update(b=np.zeros(2))
+    assert_refused("checkpoint", model, tmp_path, r"\(8,\) as the shape of `notes/b`")
 
 
 # --- of something else -------------------------------------------------------------
@@ -386,7 +402,7 @@ def test_file_of_another_model_is_refused(tmp_path, name):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_another_version_of_the_layout_is_refused(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(_saving, "_VERSION", 2)
+    monkeypatch.setattr(_saving, "VERSION", 2)
     FORMATS[name].save(trained(), tmp_path)
     monkeypatch.undo()
     assert_refused(name, trained(calls=2), tmp_path, r"\(version 1\)", readable=True)

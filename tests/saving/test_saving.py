@@ -291,60 +291,64 @@ def test_keys_of_the_h5_file_stay_as_they_are(run_of, name):
         assert _keys(run.folder(calls) / "model.weights.h5") == sorted(KEYS[name])
 
 
-def _array(name, shape=()):
-    return [name, list(shape)]
-
-
-def _slots(*kinds):
+def _slots(of, *kinds):
     return {
-        str(2 + i): _array(f"sequential_{name}_{kind}", shape)
+        f"{of}{2 + i}": [of, f"{name} {kind}", shape]
         for i, (name, shape, kind) in enumerate(
             (name, shape, kind)
             for name, shape in [
-                ("dense_kernel", [4, 3]),
-                ("dense_bias", [3]),
-                ("dense_1_kernel", [3, 1]),
-                ("dense_1_bias", [1]),
+                ("dense_0/kernel_0", [4, 3]),
+                ("dense_0/bias_0", [3]),
+                ("dense_1/kernel_0", [3, 1]),
+                ("dense_1/bias_0", [1]),
             ]
             for kind in kinds
         )
     }
 
 
+def _adam_arrays(of):
+    return {
+        f"{of}0": [of, "", []],
+        f"{of}1": [of, "", []],
+        **_slots(of, "momentum", "velocity"),
+    }
+
+
+def _adam_entry(name):
+    return {
+        "class": "keras>Adam",
+        "name": name,
+        "phases": [],
+    }
+
+
 LAYOUT = {
     "version": 1,
-    "class": "sequential_optimizer>SequentialOptimizer",
-    "name": None,  # one that Keras made
-    "settings": {},
-    "arrays": {
-        "0": _array("iteration"),
-        "1": _array("min_phase"),
-        "2": _array("last_child"),
+    "optimizers": {
+        "": {
+            "class": "sequential_optimizer>SequentialOptimizer",
+            "name": None,  # one that Keras made
+            "settings": {"use_ema": False, "gradient_accumulation_steps": None},
+            "phases": [[0, 0], [1, BOUNDARY]],
+        },
+        "children/0/": _adam_entry("first"),
+        "children/1/": _adam_entry("second"),
     },
-    "children": [
-        {
-            "class": "keras>Adam",
-            "name": name,
-            "arrays": {
-                "0": _array("iteration"),
-                "1": _array("learning_rate"),
-                **_slots("momentum", "velocity"),
-            },
-            "children": [],
-        }
-        for name in ("first", "second")
-    ],
-    "child_of_phase": [0, 1],
-    "phase_starts": [0, BOUNDARY],
+    "arrays": {
+        "0": ["", "", []],
+        "1": ["", "", []],
+        "2": ["", "", []],
+        **_adam_arrays("children/0/"),
+        **_adam_arrays("children/1/"),
+    },
     "trained": [
-        ["sequential/dense/kernel", "(4, 3)"],
-        ["sequential/dense/bias", "(3,)"],
-        ["sequential/dense_1/kernel", "(3, 1)"],
-        ["sequential/dense_1/bias", "(1,)"],
+        ["sequential/dense/kernel", "dense_0/kernel_0", "(4, 3)"],
+        ["sequential/dense/bias", "dense_0/bias_0", "(3,)"],
+        ["sequential/dense_1/kernel", "dense_1/kernel_0", "(3, 1)"],
+        ["sequential/dense_1/bias", "dense_1/bias_0", "(1,)"],
     ],
-    "use_ema": False,
-    "gradient_accumulation_steps": None,
-    "notes": {},
+    "bytes": {},
 }
 
 
@@ -356,7 +360,8 @@ def test_layout_in_the_h5_file_stays_as_it_is(tmp_path):
         layout = json.loads(np.asarray(file["optimizer/vars/layout"]).tobytes())
         own = [int(file[f"optimizer/vars/{i}"][()]) for i in range(3)]
     # They are what Keras says, and Keras may say more.
-    settings = [child.pop("settings") for child in layout["children"]]
+    children = [layout["optimizers"][f"children/{i}/"] for i in range(2)]
+    settings = [child.pop("settings") for child in children]
     assert [one["beta_1"] for one in settings] == [0.9, 0.5]
     assert not any("name" in one for one in settings)
     assert layout == LAYOUT

@@ -1,0 +1,283 @@
+"""What a SequentialOptimizer writes down of itself, and the rule for what it may load.
+
+Plain data: a layout is the JSON object that says which optimizers, which arrays and
+which trained variables there are. Here nothing is read, and nothing is set.
+
+**The rule**, the same for every format: the children that a file and an optimizer both
+have must be the same (class with its module, name, variables), in the same order. More
+or fewer at the end is fine, and warns. Anything else is refused, and then nothing has
+changed.
+
+A name that Keras made up (`adam_1`) counts for nothing, because it depends on what else
+the process created. Children of one class without names of their own are told apart by
+the settings that they were created with; if those were edited *and* the children moved,
+nothing is left to tell them apart by. So name them: `Adam(1e-4, name="late")`. Layers
+are told apart by their paths, in which Keras' numbers may have moved on by as much for
+all of a class: if other layers of equal shapes are trained than were, name those, too.
+"""
+
+import base64
+import json
+import warnings
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+VERSION = 1
+
+# `[x]` is a list of any length, `(x, y)` one of two, `{str: x}` has any keys.
+FORM: Any = {
+    "version": int,
+    # By prefix. A sequence has for each phase its child and its start.
+    "optimizers": {
+        str: {
+            "class": str,
+            "name": str | None,
+            "settings": dict,
+            "phases": [(int, int)],
+        }
+    },
+    # By key: the prefix of its optimizer, what it is (or ""), its shape.
+    "arrays": {str: (str, str, [int])},
+    # Path, the path without what Keras counts and nests, shape. None before `build`.
+    "trained": [(str, str, str)],
+    # Notes in base64, in a checkpoint.
+    "bytes": {str: str},
+}
+
+Layout = dict[str, Any]
+
+
+# --- the form ---------------------------------------------------------------
+
+
+def parse(text: bytes) -> Layout:
+    """Returns the layout that a text is, with the arrays in it decoded."""
+    try:
+        layout = json.loads(text)
+        _check_form(layout, FORM)
+        for key, content in layout["bytes"].items():
+            decoded = base64.b64decode(content, validate=True)
+            layout["bytes"][key] = np.frombuffer(decoded, np.uint8)
+        if layout["version"] == VERSION and _has_all_children(layout):
+            return layout
+        cause = None
+    except Exception as error:  # noqa: BLE001
+        cause = error  # A text that is no layout may break anything.
+    raise ValueError(
+        "The saved layout of a `SequentialOptimizer` must be one that this version of "
+        f"sequential_optimizer writes (version {VERSION}). Received: {text[:200]!r}. "
+        "Load it with the version that saved it, or check that the file is intact."
+    ) from cause
+
+
+def _check_form(value: Any, form: Any) -> None:
+    if isinstance(form, dict):
+        for key in value.keys() if str in form else form:
+            _check_form(value[key], form.get(str) or form[key])
+    elif not isinstance(value, list if isinstance(form, list | tuple) else form):
+        raise TypeError(form)
+    elif isinstance(value, list):
+        forms = form if isinstance(form, tuple) else form * len(value)
+        for one, its_form in zip(value, forms, strict=True):
+            _check_form(one, its_form)
+    elif form is int:
+        np.int64(value)  # It fits.
+
+
+def _has_all_children(layout: Layout) -> bool:
+    optimizers = layout["optimizers"]
+    return optimizers[""]["phases"] != [] and all(
+        f"{prefix}children/{child}/" in optimizers
+        for prefix, one in optimizers.items()
+        for child, _ in one["phases"]
+    )
+
+
+# --- the rule ----------------------------------------------------------------
+
+
+def _check_rule(saved: Layout, now: Layout) -> None:
+    """Raises unless the optimizers that both have are the same."""
+    for prefix, current in now["optimizers"].items():
+        before = saved["optimizers"].get(prefix)
+        if before and (what := _difference(prefix, saved, now)):
+            which = f"child {prefix.split('/')[-2]}" if prefix else "the sequence"
+            raise ValueError(
+                "The children that a saved `SequentialOptimizer` and this one both "
+                "have must be the same (class, name, variables), in the same order. "
+                f"Received: {_described(saved)}, now {_described(now)}, with another "
+                f"{what} of {which}: {before[what]!s:.200}, now {current[what]!s:.200}."
+                " Load it into the sequence that was saved, and build the new one from "
+                "its children. Before you edit one of several children of a class, "
+                'give each a `name`, such as "late"; before you move a class, register '
+                "it with `keras.saving.register_keras_serializable`."
+            )
+
+
+def _difference(prefix: str, saved: Layout, now: Layout) -> str | None:
+    """Returns what says that an optimizer is another than the saved one."""
+    before, current = (one["optimizers"][prefix] for one in (saved, now))
+    if prefix and before["class"] != current["class"]:
+        return "class"
+    both_named = before["name"] is not None and current["name"] is not None
+    if prefix and both_named and before["name"] != current["name"]:
+        return "name"
+    if before["settings"] == current["settings"]:
+        return None
+    if current["phases"]:
+        return "settings"  # The state of a sequence depends on them.
+    # A child's may be edited, unless it may be another of its class.
+    old, new = (_settings_of_all(one, current["class"]) for one in (saved, now))
+    is_edited = both_named or (
+        len(old) == len(new)
+        and before["settings"] not in new
+        and current["settings"] not in old
+    )
+    return None if is_edited else "settings"
+
+
+def _settings_of_all(layout: Layout, of_class: str) -> list[Any]:
+    optimizers = layout["optimizers"].values()
+    return [one["settings"] for one in optimizers if one["class"] == of_class]
+
+
+def _described(layout: Layout) -> str:
+    names, phases = [], []
+    for prefix, one in layout["optimizers"].items():
+        if prefix:
+            names.append(one["class"].rpartition(">")[2])
+        if one["phases"]:
+            phases.append(str([child for child, _ in one["phases"]]))
+    return f"children {names} in phases {', '.join(phases)}"
+
+
+def keys_for(saved: Layout, now: Layout) -> dict[str, str] | None:
+    """Returns for each array its key among those saved; `None` to start afresh.
+
+    A child that makes variables in its first update may have them in one of both only.
+    Then none of its keys is returned.
+
+    Raises:
+        ValueError: if what was saved must not be loaded.
+    """
+    _check_rule(saved, now)
+    in_order = _is_same_order(saved, now)
+    if not in_order and not (_are_same_weights(saved, now) and _names_tell(saved, now)):
+        return None
+    keys: dict[str, str] = {}
+    for prefix in saved["optimizers"].keys() & now["optimizers"].keys():
+        before, current = (one["optimizers"][prefix] for one in (saved, now))
+        old, new = (_arrays_of(one, prefix, not in_order) for one in (saved, now))
+        common = old.keys() & new.keys()
+        # `build` adds variables to those that there are.
+        is_whole = old.keys() == new.keys() or not (saved["trained"] and now["trained"])
+        is_part = common in (old.keys(), new.keys())
+        makes_later = is_part and before["settings"] == current["settings"]
+        fits = all(old[name][1] == new[name][1] for name in common)
+        if not fits or not (is_whole or makes_later):
+            raise ValueError(
+                "The variables of an optimizer must be those that were saved. "
+                f"Received: {len(old)} arrays for {len(new)} variables of "
+                f"`{current['name'] or current['class']}`, or other shapes. Create it "
+                "with the arguments that it was saved with."
+            )
+        if is_whole:
+            keys |= {new[name][0]: old[name][0] for name in common}
+    return keys
+
+
+def _arrays_of(layout: Layout, prefix: str, by_name: bool) -> dict[str, Any]:
+    """Returns keys and shapes of the arrays of one optimizer, by key or by name."""
+    return {
+        (by_name and name) or key: (key, shape)
+        for key, (of, name, shape) in layout["arrays"].items()
+        if of == prefix
+    }
+
+
+def _names_tell(saved: Layout, now: Layout) -> bool:
+    """Whether the names say of every array which trained variable it belongs to."""
+    return all(
+        name or not shape or of not in saved["optimizers"]
+        for of, name, shape in now["arrays"].values()
+    )
+
+
+def _is_same_order(saved: Layout, now: Layout) -> bool:
+    before, current = _plain(saved), _plain(now)
+    return not before or not current or before == current
+
+
+def _plain(layout: Layout) -> list[Any]:
+    return [row[1:] for row in layout["trained"]]
+
+
+def _are_same_weights(saved: Layout, now: Layout) -> bool:
+    """Whether the trained variables are the same ones, in any order.
+
+    Raises:
+        ValueError: if not even one is the same.
+    """
+    if sorted(_plain(saved)) == sorted(_plain(now)):
+        return True
+    before, current = (
+        {(*path.split("/")[-2:], shape) for path, _, shape in one["trained"]}
+        for one in (saved, now)
+    )
+    if before & current:
+        return False
+    raise ValueError(
+        "The state of an optimizer must be of the model that it trains. Received: "
+        f"{_listed(saved)}, now {_listed(now)}. Load it into the model that was saved."
+    )
+
+
+def _listed(layout: Layout) -> str:
+    trained = layout["trained"]
+    if not trained:
+        return "none, saved before the optimizer was built"
+    return f"{len(trained)} variables {[row[0] for row in trained[:3]]}"
+
+
+def _has_all(keys: Collection[str], saved: Layout, now: Layout) -> bool:
+    """Whether the arrays of the optimizers that both have are all among the keys."""
+    return all(
+        key in keys or of not in saved["optimizers"]
+        for key, (of, _, _) in now["arrays"].items()
+    )
+
+
+def check_by_position(saved: Layout, now: Layout) -> None:
+    """Raises unless TensorFlow will put all variables where they belong."""
+    keys_for(saved, now)
+    has_trained = max(start for _, start in now["optimizers"][""]["phases"]) >= 0
+    is_whole = not has_trained or _has_all(saved["arrays"], saved, now)
+    if not (is_whole and _is_same_order(saved, now)):
+        raise ValueError(
+            "A checkpoint must be of the same variables, trained in the same order, "
+            f"because TensorFlow tells them apart by it. Received: {_listed(saved)}, "
+            f"now {_listed(now)}. Restore into a new optimizer for the model as it was."
+        )
+
+
+def warn_of_changes(saved: Layout, now: Layout, keys: Collection[str] | None) -> None:
+    """Warns of what is not loaded, or stays as it is."""
+    was, is_now, message = _described(saved), _described(now), ""
+    if keys is None:
+        message = (
+            "The model does not train the variables that it trained when its optimizer "
+            f"was saved: {_listed(saved)}, now {_listed(now)}. The iterations and the "
+            "phase are loaded, and every child starts afresh. To load a model without "
+            "its optimizer, pass `compile=False` to `load_model`."
+        )
+    elif was != is_now or (saved["trained"] and not _has_all(keys, saved, now)):
+        message = (
+            f"A `SequentialOptimizer` saved with {was} is loaded into one with "
+            f"{is_now}. Its iterations, and the children that both have, continue "
+            "where they were. A child that was not saved stays as it is; so does one "
+            "that makes its variables in its first update, and has others."
+        )
+    if message:
+        warnings.warn(message, stacklevel=2)
