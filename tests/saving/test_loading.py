@@ -561,3 +561,153 @@ def test_model_that_is_trained_in_float8_continues(tmp_path):
     assert weights[0].keys() == weights[1].keys()
     for path, value in weights[0].items():
         np.testing.assert_array_equal(weights[1][path], value)
+
+
+# --- what a child makes late, and what it keeps --------------------------------------
+
+
+class Late(optimizers.SGD):
+    """A user's optimizer that makes its variables in its first update."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.previous = []
+
+    def update_step(self, gradient, variable, learning_rate):
+        index = self._get_variable_index(variable)
+        if index == len(self.previous):
+            slot = self.add_variable_from_reference(variable, "previous")
+            self.previous.append(slot)
+        previous = self.previous[index]
+        super().update_step(gradient + 0.5 * previous.value, variable, learning_rate)
+        self.assign(previous, gradient)
+
+
+def adam_late():
+    return SequentialOptimizer([optimizers.Adam(0.05), Late(0.1)], [BOUNDARY])
+
+
+@pytest.mark.parametrize("updates", [0, 1])
+@pytest.mark.parametrize("prepare", [build, lambda model: model])
+def test_child_that_makes_variables_late_stays_as_it_is(tmp_path, prepare, updates):
+    # Nothing that was saved after its first update could be loaded.
+    model = trained(adam_late)
+    model.save_weights(tmp_path / "model.weights.h5")
+    loaded = prepare(make_model(adam_late()))
+    messages = warnings_of(loaded.load_weights, tmp_path / "model.weights.h5")
+    messages += warnings_of(build, loaded)
+    assert len(messages) == 1
+    assert "makes its variables in its first update" in messages[0]
+    assert int(loaded.optimizer.iterations) == CALLS
+    adam, late = loaded.optimizer.children
+    assert_same(weights_of(adam.variables), state_of(model)[1][4:14])
+    assert int(late.iterations) == 0
+
+
+def test_file_from_before_a_child_made_its_variables(tmp_path):
+    trained(adam_late, BOUNDARY).save_weights(tmp_path / "model.weights.h5")
+    model = trained(adam_late)
+    before = weights_of(model.optimizer.children[1].variables)
+    assert warnings_of(model.load_weights, tmp_path / "model.weights.h5")
+    assert_same(weights_of(model.optimizer.children[1].variables), before)
+
+
+@pytest.mark.parametrize("prepare", [build, lambda model: model])
+def test_checkpoint_resumes_a_child_that_makes_variables_late(tmp_path, prepare):
+    # TensorFlow restores them when they are made; it was refused before.
+    model = trained(adam_late)
+    save_checkpoint(model, tmp_path)
+    loaded = prepare(make_model(adam_late()))
+    tf.train.Checkpoint(model=loaded).read(checkpoint_in(tmp_path))
+    assert_same(train(loaded, CALLS, 6), train(model, CALLS, 6))
+
+
+def test_checkpoint_without_late_variables_is_refused_by_what_has_them(tmp_path):
+    # Of that child it would set the counter only.
+    save_checkpoint(trained(adam_late, BOUNDARY), tmp_path)
+    model = trained(adam_late)
+    before = state_of(model)
+    with pytest.raises(ValueError, match="must be of the same variables"):
+        tf.train.Checkpoint(model=model).read(checkpoint_in(tmp_path))
+    assert_same(state_of(model), before)
+
+
+class Counts(optimizers.SGD):
+    """A user's optimizer that lists a variable of TensorFlow."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.count = tf.Variable(0, trainable=False)
+
+    @property
+    def variables(self):
+        return [*super().variables, self.count]
+
+
+def test_integer_variable_of_tensorflow_is_loaded():
+    # Saving it worked; loading ended in "Invalid integer data type 'O'".
+    saved, loaded = (SequentialOptimizer([Counts(0.1)], []) for _ in range(2))
+    variables, store = [keras.Variable([1.0])], {}
+    for optimizer in (saved, loaded):
+        optimizer.build(variables)
+    saved.children[0].count.assign(7)
+    saved.save_own_variables(store)
+    loaded.load_own_variables(store)
+    assert int(loaded.children[0].count) == 7
+    arrays = weights_of(saved.variables)
+    loaded.set_weights([*arrays[:-1], np.array(8)])
+    assert int(loaded.children[0].count) == 8
+    with pytest.raises(ValueError, match="must have integers"):
+        loaded.set_weights([*arrays[:-1], np.array(8.5)])
+
+
+class Keeping(optimizers.SGD):
+    """A user's optimizer that keeps something of Keras."""
+
+    def __init__(self, kept, **kwargs):
+        super().__init__(0.1, **kwargs)
+        self.kept = kept
+
+
+def _dense():
+    layer = keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")
+    layer.build((None, 1))
+    return layer
+
+
+KEPT = {
+    "layer": _dense,
+    "model": lambda: keras.Sequential([keras.Input((1,)), _dense()]),
+    "metric": lambda: keras.metrics.Mean(),
+    "list": lambda: [_dense(), keras.metrics.Mean()],
+}
+
+
+@pytest.mark.parametrize("built", [True, False], ids=["built", "unbuilt"])
+@pytest.mark.parametrize("name", KEPT)
+def test_what_a_child_keeps_in_keras_is_saved_with_it(name, built):
+    # A resumed run went on with fresh values, and did not say so.
+    saved, loaded = (SequentialOptimizer([Keeping(KEPT[name]())], []) for _ in "ab")
+    variables, store = [keras.Variable([1.0])], {}
+    saved.build(variables)
+    kept, kept_loaded = (
+        [v for one in tf.nest.flatten(o.children[0].kept) for v in one.variables]
+        for o in (saved, loaded)
+    )
+    for variable in kept:
+        variable.assign(variable + 2.0)
+    saved.save_own_variables(store)
+    if built:
+        loaded.build(variables)
+    loaded.load_own_variables(store)
+    loaded.build(variables)
+    assert kept
+    assert_same(weights_of(kept_loaded), weights_of(kept))
+
+
+def test_weights_that_are_trained_are_not_saved_with_a_child():
+    layer, store = _dense(), {}
+    optimizer = SequentialOptimizer([Keeping(layer)], [])
+    optimizer.build([layer.kernel])
+    optimizer.save_own_variables(store)
+    assert not any("kept" in key for key in store)
