@@ -38,11 +38,12 @@ FORM: Any = {
             "phases": [(int, int)],
         }
     },
-    # By key: the prefix of its optimizer, what it is (or ""), its shape.
+    # By key: the prefix of its optimizer; the trained variable it belongs to, as what,
+    # or "" if its name does not tell; its shape.
     "arrays": {str: (str, str, [int])},
     # Path, the path without what Keras counts and nests, shape. None before `build`.
     "trained": [(str, str, str)],
-    # Notes in base64, in a checkpoint.
+    # Arrays in base64.
     "bytes": {str: str},
 }
 
@@ -199,10 +200,8 @@ def _arrays_of(layout: Layout, prefix: str, by_name: bool) -> dict[str, Any]:
 
 def _names_tell(saved: Layout, now: Layout) -> bool:
     """Whether the names say of every array which trained variable it belongs to."""
-    return all(
-        name or not shape or of not in saved["optimizers"]
-        for of, name, shape in now["arrays"].values()
-    )
+    silent = {of for of, name, shape in now["arrays"].values() if shape and not name}
+    return silent.isdisjoint(saved["optimizers"])
 
 
 def _is_same_order(saved: Layout, now: Layout) -> bool:
@@ -241,19 +240,17 @@ def _listed(layout: Layout) -> str:
     return f"{len(trained)} variables {[row[0] for row in trained[:3]]}"
 
 
-def _has_all(keys: Collection[str], saved: Layout, now: Layout) -> bool:
-    """Whether the arrays of the optimizers that both have are all among the keys."""
-    return all(
-        key in keys or of not in saved["optimizers"]
-        for key, (of, _, _) in now["arrays"].items()
-    )
+def _without(keys: Collection[str], saved: Layout, now: Layout) -> set[str]:
+    """Returns the optimizers that both have, of which an array is not in `keys`."""
+    left = {of for key, (of, _, _) in now["arrays"].items() if key not in keys}
+    return left & saved["optimizers"].keys()
 
 
 def check_by_position(saved: Layout, now: Layout) -> None:
     """Raises unless TensorFlow will put all variables where they belong."""
     keys_for(saved, now)
     has_trained = max(start for _, start in now["optimizers"][""]["phases"]) >= 0
-    is_whole = not has_trained or _has_all(saved["arrays"], saved, now)
+    is_whole = not has_trained or not _without(saved["arrays"], saved, now)
     if not (is_whole and _is_same_order(saved, now)):
         raise ValueError(
             "A checkpoint must be of the same variables, trained in the same order, "
@@ -264,20 +261,24 @@ def check_by_position(saved: Layout, now: Layout) -> None:
 
 def warn_of_changes(saved: Layout, now: Layout, keys: Collection[str] | None) -> None:
     """Warns of what is not loaded, or stays as it is."""
-    was, is_now, message = _described(saved), _described(now), ""
+    was, is_now, messages = _described(saved), _described(now), []
+    if was != is_now:
+        messages.append(
+            f"A `SequentialOptimizer` saved with {was} is loaded into one with "
+            f"{is_now}. Its iterations, and the children that both have, continue "
+            "where they were; a child that was not saved stays as it is."
+        )
     if keys is None:
-        message = (
+        messages.append(
             "The model does not train the variables that it trained when its optimizer "
             f"was saved: {_listed(saved)}, now {_listed(now)}. The iterations and the "
             "phase are loaded, and every child starts afresh. To load a model without "
             "its optimizer, pass `compile=False` to `load_model`."
         )
-    elif was != is_now or (saved["trained"] and not _has_all(keys, saved, now)):
-        message = (
-            f"A `SequentialOptimizer` saved with {was} is loaded into one with "
-            f"{is_now}. Its iterations, and the children that both have, continue "
-            "where they were. A child that was not saved stays as it is; so does one "
-            "that makes its variables in its first update, and has others."
+    elif saved["trained"] and (left := _without(keys, saved, now)):
+        messages.append(
+            f"Skipping variable loading for {sorted(left)}, because its first update "
+            "makes variables, which were not saved or are not made yet."
         )
-    if message:
+    for message in messages:
         warnings.warn(message, stacklevel=2)

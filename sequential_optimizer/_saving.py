@@ -1,20 +1,20 @@
-"""How a SequentialOptimizer is saved, and what may be loaded into it.
+"""How a SequentialOptimizer is saved; what may be loaded into it says `_layout`.
 
 **The file format**, version 1: a layout and arrays.
 
-- The layout MUST be a JSON object of the form `_FORM`, and MUST NOT be longer than
-  `_MAX_LAYOUT` bytes in a Keras file. Its `optimizers` are the sequence, with the
-  prefix "", and each child `i`, with `children/i/` behind the prefix of its sequence.
-- It MUST list every array of an optimizer with its name and shape, and every note of a
-  callback with its dtype and shape.
-- In a Keras file the layout is the uint8 array `layout` among the optimizer's own
-  variables. Beside it MUST be each array that the layout lists: its key is the prefix
-  of the optimizer and then `0`, `1`, ...; `a/0/0`, ... for the first optimizer, layer
-  or metric that a child has as attribute `a`, and does not count among its own
-  variables. Note `n` is the uint8 array `notes/n`.
-- In a `tf.train.Checkpoint` the layout is the Python state `_saved_state`. It MUST have
-  one more key, `bytes`, with each note in base64. The variables are TensorFlow's to
-  save, those of child `i` under `children/i`, and with them the number `_commit`.
+- The layout MUST be a JSON object of the form `_layout.FORM`, and in a Keras file MUST
+  NOT be longer than `_MAX_LAYOUT` bytes. Its `optimizers` MUST be the sequence, with
+  the prefix "", and each child `i`, with `children/i/` behind its sequence's prefix.
+- It MUST list every array of an optimizer, and every note of a callback.
+- In a Keras file the layout MUST be the uint8 array `layout` among the optimizer's own
+  variables, and each array that it lists MUST be beside it. The key of an array is the
+  prefix of the optimizer, and then `0`, `1`, ..., or what a user's class calls it. For
+  the first optimizer, layer or metric that a child has as attribute `a`, and does not
+  count among its own variables, it is `a/0/0`, ... Note `n` is the array `notes/n`, its
+  bytes as uint8.
+- In a `tf.train.Checkpoint` the layout MUST be the Python state `_saved_state`, and its
+  `bytes` MUST be the notes, in base64. The variables are TensorFlow's to save, those of
+  child `i` under `children/i`, and with them MUST be the number `_commit`.
 - A file MAY hold other keys, which are not read.
 """
 
@@ -199,8 +199,7 @@ def _trained_by(optimizer: Any) -> list[list[str]]:
     then is `dense_1`; and all paths begin with the model's name, or none does.
     """
     variables = _keras.trained_variables(optimizer)
-    # A `tf.Variable` has no path.
-    paths = [getattr(variable, "path", variable.name) for variable in variables]
+    paths = [_path_of(variable) for variable in variables]
     split = [path.split("/") for path in paths]
     while len({parts[0] for parts in split}) == 1 and min(map(len, split)) > 2:
         split = [parts[1:] for parts in split]
@@ -215,6 +214,10 @@ def _trained_by(optimizer: Any) -> list[list[str]]:
     ]
     shapes = [str(variable.shape) for variable in variables]  # may have no rank
     return [list(row) for row in zip(paths, plain, shapes, strict=True)]
+
+
+def _path_of(variable: Any) -> str:
+    return getattr(variable, "path", variable.name)  # A `tf.Variable` has no path.
 
 
 def _counted(part: str) -> tuple[str, int]:
@@ -233,7 +236,8 @@ def _names_and_shapes(part: Any, trained: list[list[str]]) -> dict[str, Any]:
     names = set()
     for key, value in (_variables_of(part) or _saved_by(part)).items():
         name = getattr(value, "name", "")
-        start = max(filter(name.startswith, starts), key=len, default="")
+        beginnings = (name[:end] for end in range(len(name), 0, -1))
+        start = next((one for one in beginnings if one in starts), "")
         name = f"{starts[start]} {name[len(start) :]}" if start else ""
         rows[key] = "" if name in names else name, list(value.shape)
         names.add(name)
@@ -308,9 +312,9 @@ def check_values(
             fits = lowest <= int(value.min()) and int(value.max()) <= highest
         if not fits:
             raise ValueError(
-                f"{source} must have {rule} for `{variable.name}`, in the shape "
-                f"{tuple(variable.shape)}. Received: {value!r:.100}. Use the arrays of "
-                "an optimizer with the same children, as they were saved."
+                f"{source} must have {rule} for `{_path_of(variable)}`, in the "
+                f"shape {tuple(variable.shape)}. Received: {value!r:.100}. Use the "
+                "arrays of an optimizer with the same children, as they were saved."
             )
 
 
@@ -355,7 +359,7 @@ class SavedState(tf.train.experimental.PythonState):
                 "class": _class_of(one),
                 "name": _name_of(one),
                 "settings": settings,
-                "phases": [list(phase) for phase in phases],
+                "phases": list(phases),
             }
             for prefix, part in _parts_of(one, seen):
                 for key, (name, shape) in _names_and_shapes(part, trained).items():
@@ -409,7 +413,7 @@ class SavedState(tf.train.experimental.PythonState):
         """Reads what `write` wrote; before `build`, holds it until then."""
         keys = set(store.keys())
         if "layout" not in keys:
-            what = f"{len(keys)} variables of another optimizer"
+            what = f"a file with {len(keys)} variables, and no layout"
             self._pass_over(what, is_of_another=bool(keys))
             return
         saved = _layout_in(store)
