@@ -200,17 +200,15 @@ def _trained_by(optimizer: Any) -> list[list[str]]:
     """
     variables = _keras.trained_variables(optimizer)
     paths = [_path_of(variable) for variable in variables]
-    split = [path.split("/") for path in paths]
-    while len({parts[0] for parts in split}) == 1 and min(map(len, split)) > 2:
-        split = [parts[1:] for parts in split]
+    counted = [[_counted(part) for part in path.split("/")] for path in paths]
+    while len({path[0] for path in counted}) == 1 and min(map(len, counted)) > 2:
+        counted = [path[1:] for path in counted]
     lowest: dict[str, int] = {}
-    for name, number in map(_counted, itertools.chain(*split)):
+    for name, number in itertools.chain(*counted):
         lowest[name] = min(number, lowest.get(name, number))
     plain = [
-        "/".join(
-            f"{name}_{number - lowest[name]}" for name, number in map(_counted, parts)
-        )
-        for parts in split
+        "/".join(f"{name}_{number - lowest[name]}" for name, number in path)
+        for path in counted
     ]
     shapes = [str(variable.shape) for variable in variables]  # may have no rank
     return [list(row) for row in zip(paths, plain, shapes, strict=True)]
@@ -549,8 +547,9 @@ class SavedState(tf.train.experimental.PythonState):
         if is_of_another and self._optimizer.built:
             raise ValueError(
                 "State loaded into a `SequentialOptimizer` must have been saved from "
-                f"one. Received: {what}. To go on from another optimizer, load it "
-                "alone, and pass that as the first of `optimizers`."
+                f"one. Received: {what}. To continue from another optimizer, load its "
+                "state into one of its class, and pass that as the first of "
+                "`optimizers`."
             )
         name = self._optimizer.name
         warnings.warn(f"Skipping variable loading for `{name}`: {what}.", stacklevel=4)
