@@ -41,7 +41,7 @@ from sequential_optimizer._layout import (
     warn_of_changes,
 )
 
-_MAX_LAYOUT = 2**24  # bytes; 100,000 variables take less
+_MAX_LAYOUT = 2**25  # bytes; 100,000 variables take less
 
 # The attribute of a SequentialOptimizer under which TensorFlow finds its `SavedState`.
 STATE = "_saved_state"
