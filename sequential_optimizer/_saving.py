@@ -310,9 +310,9 @@ def check_values(
             fits = lowest <= int(value.min()) and int(value.max()) <= highest
         if not fits:
             raise ValueError(
-                f"{source} must have {rule} for `{_path_of(variable)}`, in the "
-                f"shape {tuple(variable.shape)}. Received: {value!r:.100}. Use the "
-                "arrays of an optimizer with the same children, as they were saved."
+                f"{source} must have {rule} for `{_path_of(variable)}`, in an "
+                f"array of shape {tuple(variable.shape)}. Received: {value!r:.99}. Use "
+                "those of an optimizer with the same children, as they were saved."
             )
 
 
