@@ -661,7 +661,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         An optimizer that is not built holds what it reads until it is.
 
         Raises:
-            ValueError: if the file breaks the rule of `_saving`, or is damaged.
+            ValueError: if the file breaks the rule of `_layout`, or is damaged.
         """
         self._saved_state.read(store)
 
