@@ -6,11 +6,16 @@ names it when a version no longer has it. Two hooks of TensorFlow can only be me
 the class: `_trackable_children` and `_lookup_dependency` of `SequentialOptimizer`.
 """
 
+import contextlib
 import os
+import random
+from collections.abc import Iterator
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
+from keras.src.backend.common import global_state
 
 _OLDEST_KERAS = (3, 5)
 
@@ -93,6 +98,24 @@ def overwrite_with_averages(optimizer: Any) -> None:
     optimizer._overwrite_model_variables_with_average_value(
         trained_variables(optimizer)
     )
+
+
+# --- random numbers ----------------------------------------------------------
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Gives Keras, NumPy and Python their state of random numbers back at the end."""
+    generator = global_state.get_global_attribute("global_seed_generator")
+    python, numpy = random.getstate(), np.random.get_state()
+    # Keras makes another one if it needs it.
+    global_state.set_global_attribute("global_seed_generator", None)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute("global_seed_generator", generator)
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 # --- saved files -------------------------------------------------------------

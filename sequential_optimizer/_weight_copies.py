@@ -3,22 +3,28 @@
 Schedule-free and lookahead optimizers keep a second copy of the weights, taken in
 `build()`. Every child is built before training begins, so by the time a later phase
 starts that copy is out of date and has to be taken again.
+
+Which variables are copies, and of which weights, is found by position: a twin of the
+optimizer, made from its config, is built on probes, small variables like the weights,
+each with values of its own. The values of the optimizer itself would not do: weights
+may be equal, and a restored checkpoint changes them.
 """
 
-import itertools
-from collections.abc import Iterable, Sequence
+import contextlib
+import copy
+import math
+import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-# Two shapes, because optimizers treat matrices and vectors differently, and values
-# that no initializer produces.
-_PROBES = {
-    "matrix": np.array([[0.1372, 0.8517], [0.4093, 0.6211]], np.float32),
-    "vector": np.array([0.2718, 0.5772], np.float32),
-}
+from sequential_optimizer import _keras
+from sequential_optimizer._saving import STATE
+
+Pairs = list[tuple[Any, Any]]  # of a copy and the weight
 
 
 def are_initialized(variables: Iterable[Any]) -> bool:
@@ -38,74 +44,135 @@ def _is_of_keras(variable: Any) -> bool:
     return hasattr(variable, "path")
 
 
-def find_weight_copies(
-    child: keras.optimizers.Optimizer, variables: Sequence[Any]
-) -> tuple[tuple[int, int], ...]:
-    """Returns which of a built child's variables `build` copied from the weights.
+def retake(copies: Iterable[tuple[Any, Pairs]]) -> None:
+    """Before an optimizer's first update, copies the weights as its `build` did."""
+    for optimizer, pairs in copies:
+        is_first = tf.equal(_keras.call_count(optimizer), 0)
+        for slot, weight in pairs:
+            value = tf.where(is_first, tf.cast(weight, slot.dtype), slot)
+            optimizer.assign(slot, value)
 
-    A twin of the child, made from its config, is built on two tiny variables; what
-    equals them afterwards is a copy, and its name tells its kind. The values of the
-    child itself would not do: a restored checkpoint changes them.
+
+def find_weight_copies(
+    child: keras.optimizers.Optimizer, starts_later: bool
+) -> list[tuple[Any, Pairs]]:
+    """Returns what `build` copied from the weights: in a child, and in what it wraps.
 
     Args:
-        child: a built optimizer.
-        variables: the model's variables that it was built on.
-
-    Returns:
-        Pairs (index into `child.variables`, index into `variables`).
+        child: an optimizer that is built.
+        starts_later: whether another child makes the first updates. Then it warns of
+            what will be out of date and cannot be taken again.
     """
-    positions = {id(slot): i for i, slot in enumerate(child.variables)}
-    return tuple(
-        (positions[id(slot)], i)
-        for optimizer in _optimizers_in(child)
-        for slot, i in _copies(optimizer, variables)
-    )
+    found = []
+    for optimizer in _optimizers_in(child, set()):
+        pairs, stale, reason = _examine(optimizer)
+        if pairs:
+            found.append((optimizer, pairs))
+        if stale and starts_later and not _keras.call_count(optimizer).numpy():
+            names = [slot.name for slot in stale]
+            warnings.warn(
+                "What an optimizer in a SequentialOptimizer takes from the weights in "
+                "`build` must be copies of them, so that they can be taken again when "
+                f"its phase starts. Received: `{optimizer.name}`, {reason}, so that "
+                f"{len(names)} of its variables stay as they are before training: "
+                f"{names[:3]}. Set them in the first update, where `iterations` is 0, "
+                "or let `build` copy the weights, in a class that `from_config` "
+                "creates from what `get_config` returns.",
+                stacklevel=3,
+            )
+    return found
 
 
-def _optimizers_in(child: keras.optimizers.Optimizer) -> list[Any]:
-    if hasattr(child, "children"):
-        return []  # A SequentialOptimizer looks after its own children.
-    if not hasattr(child, "optimizers"):
-        return [child]
-    inner = [_optimizers_in(optimizer) for optimizer in child.optimizers]
-    return list(itertools.chain.from_iterable(inner))
+def _optimizers_in(optimizer: Any, seen: set[int]) -> Iterator[Any]:
+    """Yields the optimizers that one holds, however it does, and that one last."""
+    if hasattr(optimizer, STATE) or id(optimizer) in seen:
+        return  # A SequentialOptimizer looks after its own children.
+    seen.add(id(optimizer))
+    for item in keras.tree.flatten(list(vars(optimizer).values())):
+        if isinstance(item, keras.optimizers.Optimizer):
+            yield from _optimizers_in(item, seen)
+    if optimizer.built:
+        yield optimizer
 
 
-def _copies(
-    optimizer: keras.optimizers.Optimizer, variables: Sequence[Any]
-) -> list[tuple[keras.Variable, int]]:
-    kinds = _copied_kinds(optimizer)
-    sources = {
-        f"{_prefix(variable)}_{kind}": i
-        for i, variable in enumerate(variables)
-        for kind in kinds
-    }
-    return [
-        (slot, sources[slot.name])
-        for slot in optimizer.variables
-        if slot.name in sources
-    ]
+def _slots_of(optimizer: Any) -> list[Any]:
+    """Returns the variables of an optimizer without those of what it wraps."""
+    *inner, _ = _optimizers_in(optimizer, set())
+    held = keras.tree.flatten(list(vars(optimizer).values()))
+    # Keras does not list what a class makes with `tf.Variable`.
+    raw = [item for item in held if isinstance(item, tf.Variable)]
+    slots = {id(slot): slot for slot in [*optimizer.variables, *raw]}
+    for others in [_keras.trained_variables(optimizer), *(o.variables for o in inner)]:
+        for other in others:
+            slots.pop(id(other), None)
+    return list(slots.values())
 
 
-def _copied_kinds(child: keras.optimizers.Optimizer) -> set[str]:
-    probes = [keras.Variable(value, name=name) for name, value in _PROBES.items()]
+def _examine(optimizer: Any) -> tuple[Pairs, list[Any], str]:
+    """Returns the copies, what else may depend on the weights, and why it does."""
+    slots, weights = _slots_of(optimizer), _keras.trained_variables(optimizer)
     try:
-        twin = type(child).from_config(child.get_config())
-        twin.build(probes)
-    except Exception:  # noqa: BLE001
-        # Whatever a user's class raises here, it says that the class cannot be made
-        # from its config or does not take these shapes, not that training fails.
-        return set()
-    return {
-        slot.name.removeprefix(f"{_prefix(probe)}_")
-        for slot in twin.variables
-        for probe in probes
-        if slot.shape == probe.shape and np.array_equal(slot.numpy(), probe.numpy())
-    }
+        with _keras.random_state_kept(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # The class has told the user already.
+            probes = [_probe_like(weight) for weight in weights]
+            first, second, again = (
+                _seen_in_twin(optimizer, slots, probes, i) for i in (1, 2, 1)
+            )
+    except Exception as error:  # noqa: BLE001
+        # Whatever a user's class raises here, it may train all the same.
+        stale = [slot for slot in slots if not _is_constant(slot)]
+        return [], stale, f"which cannot be made from its config ({error!r:.200})"
+    n = len(weights)
+    weight_of = dict(zip(zip(first, second, strict=True), weights, strict=False))
+    pairs, stale = [], []
+    for i, slot in enumerate(slots, start=n):
+        weight = weight_of.get((first[i], second[i]))
+        if weight is not None and weight.shape == slot.shape:
+            pairs.append((slot, weight))
+        elif first[i] != second[i] and first[i] == again[i]:  # It is not random.
+            stale.append(slot)
+    return pairs, stale, "which computes something else from them"
 
 
-def _prefix(variable: Any) -> str:
-    """The name that `Optimizer.add_variable_from_reference` starts with."""
-    if _is_of_keras(variable):
-        return variable.path.replace("/", "_")
-    return variable.name.replace("/", "_").replace(":", "_")
+def _is_constant(slot: Any) -> bool:
+    if not are_initialized([slot]):
+        return len(slot.shape) == 0
+    value = slot.numpy()
+    return bool(np.all(value == value.flat[:1]))
+
+
+def _probe_like(weight: Any) -> Any:
+    """Returns a small variable with the rank, dtype and name of a weight."""
+    shape = tf.TensorShape(weight.shape)
+    sizes = (
+        [2] if shape.rank is None else [2 if d is None else min(d, 2) for d in shape]
+    )
+    if not _is_of_keras(weight):
+        name = weight.name.partition(":")[0]
+        return tf.Variable(tf.zeros(sizes, weight.dtype), name=name)
+    scope, _, name = weight.path.rpartition("/")
+    parent, _, last = scope.rpartition("/")
+    in_scope = keras.name_scope(last, override_parent=parent)
+    with in_scope if scope else contextlib.nullcontext():
+        return keras.Variable(np.zeros(sizes), dtype=weight.dtype, name=name)
+
+
+def _seen_in_twin(
+    optimizer: Any, slots: list[Any], probes: list[Any], factor: int
+) -> list[tuple[tuple[int, ...], bytes]]:
+    """Returns shape and values of each probe, and of each variable of a twin."""
+    start = 0
+    for probe in probes:
+        numbers = start + np.arange(math.prod(probe.shape))
+        start += numbers.size
+        # Exact in bfloat16. Together with those of the other factor, 127 * 127 of them
+        # differ.
+        numbers += (factor - 1) * (numbers // 127)
+        probe.assign(np.reshape(factor * (1 + (1 + numbers % 127) / 128), probe.shape))
+    twin = type(optimizer).from_config(copy.deepcopy(optimizer.get_config()))
+    twin.build(probes)
+    variables = _slots_of(twin)
+    if [len(v.shape) for v in variables] != [len(slot.shape) for slot in slots]:
+        raise ValueError("it makes other variables on other weights")
+    values = [np.asarray(v.numpy(), np.float64) for v in [*probes, *variables]]
+    return [(value.shape, value.tobytes()) for value in values]

@@ -15,7 +15,11 @@ from sequential_optimizer import _children, _gradients, _keras, _replicas
 from sequential_optimizer._phases import Phases
 from sequential_optimizer._saving import STATE, Commit, SavedState, check_values
 from sequential_optimizer._switch_case import switch_case
-from sequential_optimizer._weight_copies import are_initialized, find_weight_copies
+from sequential_optimizer._weight_copies import (
+    are_initialized,
+    find_weight_copies,
+    retake,
+)
 
 _keras.check_keras()
 
@@ -388,9 +392,12 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                     child.build(variables)
         with tf.init_scope():
             super().build(variables)
-            self._weight_copies = tuple(
-                find_weight_copies(child, variables) for child in self.children
-            )
+            copies = [
+                find_weight_copies(child, starts_later=i > 0)
+                for i, child in enumerate(self.children)
+            ]
+            # Not tracked: they are variables of the children.
+            object.__setattr__(self, "_weight_copies", copies)
             self._saved_state.after_build()
 
     # --- apply ---------------------------------------------------------------
@@ -510,7 +517,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         """Lets the child of the current phase make the update."""
 
         def update_with(i: int) -> None:
-            self._retake_weight_copies(i)
+            retake(self._weight_copies[i])
             _replicas.for_each_replica(self._apply_child, i, grads, variables)
 
         phase = self.phase
@@ -523,17 +530,6 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     def _apply_child(self, i: int, grads: list[Any], variables: list[Any]) -> None:
         grads = _gradients.brought_inside(grads, variables)
         self.children[i].apply(grads, variables)
-
-    def _retake_weight_copies(self, i: int) -> None:
-        """Before a child's first update, copies the weights as its `build` did."""
-        if not self._weight_copies[i]:
-            return
-        child = self.children[i]
-        slots, is_first = child.variables, tf.equal(child.iterations, 0)
-        weights = _keras.trained_variables(self)
-        for copied, variable in self._weight_copies[i]:
-            value = tf.where(is_first, weights[variable], slots[copied])
-            child.assign(slots[copied], value)
 
     def _switch(self, phase: tf.Tensor, branch: Callable[[int], Any]) -> Any:
         """Runs `branch` on the index of the child of `phase`, in the graph."""
