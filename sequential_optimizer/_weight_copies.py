@@ -69,15 +69,14 @@ def find_weight_copies(
         if pairs:
             found.append((optimizer, pairs))
         if stale and starts_later and not _keras.call_count(optimizer).numpy():
-            names = [slot.name for slot in stale]
             warnings.warn(
-                "What an optimizer in a SequentialOptimizer takes from the weights in "
-                "`build` must be copies of them, so that they can be taken again when "
-                f"its phase starts. Received: `{optimizer.name}`, {reason}, so that "
-                f"{len(names)} of its variables stay as they are before training: "
-                f"{names[:3]}. Set them in the first update, where `iterations` is 0, "
-                "or let `build` copy the weights, in a class that `from_config` "
-                "creates from what `get_config` returns.",
+                "What the `build` of an optimizer in a SequentialOptimizer takes from "
+                "the weights must be copies of them, so that they can be taken again "
+                f"when its phase starts. Received: `{optimizer.name}`, {reason}. Out "
+                f"of date by then may be {len(stale)} of its variables: {stale[:3]}. "
+                "Set them in the first update, where `iterations` is 0, or copy the "
+                "weights, in a class that `from_config` makes from what `get_config` "
+                "returns.",
                 stacklevel=3,
             )
     return found
@@ -108,8 +107,8 @@ def _slots_of(optimizer: Any) -> list[Any]:
     return list(slots.values())
 
 
-def _examine(optimizer: Any) -> tuple[Pairs, list[Any], str]:
-    """Returns the copies, what else may depend on the weights, and why it does."""
+def _examine(optimizer: Any) -> tuple[Pairs, list[str], str]:
+    """Returns the copies, the names of what may be out of date, and the reason."""
     slots, weights = _slots_of(optimizer), _keras.trained_variables(optimizer)
     try:
         with _keras.random_state_kept(), warnings.catch_warnings():
@@ -120,17 +119,16 @@ def _examine(optimizer: Any) -> tuple[Pairs, list[Any], str]:
             )
     except Exception as error:  # noqa: BLE001
         # Whatever a user's class raises here, it may train all the same.
-        stale = [slot for slot in slots if not _is_constant(slot)]
+        stale = [slot.name for slot in slots if not _is_constant(slot)]
         return [], stale, f"which cannot be made from its config ({error!r:.200})"
-    n = len(weights)
     weight_of = dict(zip(zip(first, second, strict=True), weights, strict=False))
     pairs, stale = [], []
-    for i, slot in enumerate(slots, start=n):
+    for i, slot in enumerate(slots, start=len(weights)):
         weight = weight_of.get((first[i], second[i]))
         if weight is not None and weight.shape == slot.shape:
             pairs.append((slot, weight))
         elif first[i] != second[i] and first[i] == again[i]:  # It is not random.
-            stale.append(slot)
+            stale.append(slot.name)
     return pairs, stale, "which computes something else from them"
 
 
