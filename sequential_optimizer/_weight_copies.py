@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from sequential_optimizer import _keras
-from sequential_optimizer._saving import STATE
+from sequential_optimizer._saving import STATE, _items
 
 Pairs = list[tuple[Any, Any]]  # of a copy and the weight
 
@@ -87,19 +87,23 @@ def _optimizers_in(optimizer: Any, seen: set[int]) -> Iterator[Any]:
     if hasattr(optimizer, STATE) or id(optimizer) in seen:
         return  # A SequentialOptimizer looks after its own children.
     seen.add(id(optimizer))
-    for item in keras.tree.flatten(list(vars(optimizer).values())):
-        if isinstance(item, keras.optimizers.Optimizer):
-            yield from _optimizers_in(item, seen)
+    for inner in _held_by(optimizer, keras.optimizers.Optimizer):
+        yield from _optimizers_in(inner, seen)
     if optimizer.built:
         yield optimizer
+
+
+def _held_by(optimizer: Any, type_: type) -> list[Any]:
+    """Returns what there is of a type in the attributes, their lists and dicts."""
+    held = [item for value in vars(optimizer).values() for item in _items(value)]
+    return [item for item in held if isinstance(item, type_)]
 
 
 def _slots_of(optimizer: Any) -> list[Any]:
     """Returns the variables of an optimizer without those of what it wraps."""
     *inner, _ = _optimizers_in(optimizer, set())
-    held = keras.tree.flatten(list(vars(optimizer).values()))
     # Keras does not list what a class makes with `tf.Variable`.
-    raw = [item for item in held if isinstance(item, tf.Variable)]
+    raw = _held_by(optimizer, tf.Variable)
     slots = {id(slot): slot for slot in [*optimizer.variables, *raw]}
     for others in [_keras.trained_variables(optimizer), *(o.variables for o in inner)]:
         for other in others:

@@ -263,6 +263,20 @@ def test_copies_inside_a_multi_optimizer(mode):
     check(make_child, mode=mode)
 
 
+def test_attributes_that_say_nothing_of_copies():
+    # A circle, a sibling, and keys that cannot be sorted.
+    child, sibling = Lookahead(0.1, name="slow"), optimizers.Adam(0.3, name="sibling")
+    sequence = SequentialOptimizer([sibling, child], [1])
+    child.owner, child.held = sequence, {1: sibling, "two": child, None: [{}]}
+    ours, theirs = make_variables(), make_variables()
+    gradients = make_gradients(ours, 3)
+    plain = [optimizers.Adam(0.3), Lookahead(0.1)]
+    assert_same(
+        run(sequence, ours, gradients, "eager"),
+        run_plain(plain, [1], theirs, gradients, "eager"),
+    )
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_copies_inside_a_sequence(order):
     def make_inner():
