@@ -60,7 +60,7 @@ class OfKernels(Lookahead):
 
     def slow_of(self, i, variable):
         name = getattr(variable, "path", variable.name)
-        return super().slow_of(i, variable) if "kernel" in name else None
+        return super().slow_of(i, variable) if "dense/kernel" in name else None
 
 
 class OfRank4(Lookahead):
@@ -159,7 +159,10 @@ CASES = {
     "only kernels": (OfKernels, keras_variables(*DENSE)),
     "only kernels of tf": (
         OfKernels,
-        lambda: [tf.Variable([1.0], name="a/kernel"), tf.Variable([2.0], name="bias")],
+        lambda: [
+            tf.Variable([1.0], name="dense/kernel"),
+            tf.Variable([2.0], name="bias"),
+        ],
     ),
     "only rank 4": (
         OfRank4,
