@@ -62,6 +62,11 @@ def call_count(optimizer: Any) -> keras.Variable:
     return optimizer._iterations
 
 
+def counter_and_rate(optimizer: Any) -> list[Any]:
+    """The variables that every optimizer has, and a schedule in place of the second."""
+    return [optimizer._iterations, optimizer._learning_rate]
+
+
 def key_of(optimizer: Any, variable: Any) -> Any:
     """The same for a variable, its wrapper, and its copies in replicas."""
     return optimizer._var_key(variable)

@@ -105,7 +105,7 @@ def _parts_of(optimizer: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
     for name, value in sorted(vars(optimizer).items()):
         if name.startswith("_self_"):
             continue  # What TensorFlow keeps on every object.
-        for i, inner in enumerate(_items(value)):
+        for i, inner in enumerate(items(value)):
             prefix = f"{name}/{i}/"
             if isinstance(inner, keras.optimizers.Optimizer):
                 # Not one that is saved already, nor the sequence that has this child.
@@ -119,7 +119,8 @@ def _parts_of(optimizer: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
                     yield prefix, _Own(unseen)
 
 
-def _items(value: Any) -> list[Any]:
+def items(value: Any) -> list[Any]:
+    """Returns what is in the value of an attribute: a list, a dict, or itself."""
     if isinstance(value, dict):
         return list(value.values())
     return list(value) if isinstance(value, list | tuple) else [value]

@@ -12,6 +12,7 @@ may be equal, and a restored checkpoint changes them.
 
 import contextlib
 import copy
+import itertools
 import math
 import warnings
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,7 @@ import numpy as np
 import tensorflow as tf
 
 from sequential_optimizer import _keras
-from sequential_optimizer._saving import STATE, _items
+from sequential_optimizer._saving import STATE, items
 
 Pairs = list[tuple[Any, Any]]  # of a copy and the weight
 
@@ -95,7 +96,7 @@ def _optimizers_in(optimizer: Any, seen: set[int]) -> Iterator[Any]:
 
 def _held_by(optimizer: Any, type_: type) -> list[Any]:
     """Returns what there is of a type in the attributes, their lists and dicts."""
-    held = [item for value in vars(optimizer).values() for item in _items(value)]
+    held = [item for value in vars(optimizer).values() for item in items(value)]
     return [item for item in held if isinstance(item, type_)]
 
 
@@ -105,9 +106,9 @@ def _slots_of(optimizer: Any) -> list[Any]:
     # Keras does not list what a class makes with `tf.Variable`.
     raw = _held_by(optimizer, tf.Variable)
     slots = {id(slot): slot for slot in [*optimizer.variables, *raw]}
-    for others in [_keras.trained_variables(optimizer), *(o.variables for o in inner)]:
-        for other in others:
-            slots.pop(id(other), None)
+    not_slots = [_keras.trained_variables(optimizer), *(o.variables for o in inner)]
+    for other in itertools.chain(_keras.counter_and_rate(optimizer), *not_slots):
+        slots.pop(id(other), None)
     return list(slots.values())
 
 

@@ -98,6 +98,7 @@ def test_tensorflow_still_makes_a_case_ask_for_compile_time_constants():
         "_accumulated_gradients",
         "_get_variable_index",
         "_iterations",
+        "_learning_rate",
         "_lookup_dependency",
         "_model_variables_moving_average",
         "_overwrite_model_variables_with_average_value",
@@ -115,6 +116,13 @@ def test_private_name_is_still_there(name):
     optimizer = keras.optimizers.SGD(use_ema=True, gradient_accumulation_steps=2)
     optimizer.build(make_variables())
     assert hasattr(optimizer, name)
+
+
+def test_keras_still_has_the_global_seed_generator():
+    # As above, for `_keras.random_state_kept`.
+    keras.random.uniform(())
+    name = "global_seed_generator"
+    assert _keras.global_state.get_global_attribute(name) is not None
 
 
 def test_operations_still_have_the_private_set_attr():

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from sequential_optimizer import SequentialOptimizer
-from tests.reference import (
+from tests.helpers.oracle import (
     assert_same,
     make_gradients,
     make_variables,
