@@ -246,7 +246,7 @@ def gpflow(make: Callable) -> str:
 
 # What pip installs for each.
 PACKAGES = {
-    keras_tuner: ["keras-tuner"],
+    keras_tuner: ["keras-tuner", "tensorboard"],
     optuna: ["optuna", "optuna-integration[keras]"],
     scikeras: ["scikeras"],
     wandb: ["wandb"],
