@@ -208,3 +208,12 @@ def check_built_on(
                 "Pass a new instance instead, "
                 f"`{type(child).__name__}.from_config(child.get_config())`."
             )
+
+
+def refuse_change(name: str, value: Any) -> None:
+    """Raises AttributeError: what a SequentialOptimizer is made of stays."""
+    raise AttributeError(
+        f"`{name}` of a `SequentialOptimizer` cannot be changed, because graphs and "
+        f"saved state depend on it. Received: {value!r:.200}. Call `advance()` to end "
+        "a phase early, or create another optimizer and load what this one saved."
+    )

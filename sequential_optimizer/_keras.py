@@ -99,10 +99,13 @@ def update_averages(optimizer: Any) -> None:
 
 
 def overwrite_with_averages(optimizer: Any) -> None:
-    """Sets the weights to their averages."""
-    optimizer._overwrite_model_variables_with_average_value(
-        trained_variables(optimizer)
-    )
+    """Sets the weights to their averages, and keeps to their constraints."""
+    variables = trained_variables(optimizer)
+    optimizer._overwrite_model_variables_with_average_value(variables)
+    # The average of weights on, say, a sphere is not on it.
+    for variable in variables:
+        if variable.constraint is not None:
+            optimizer.assign(variable, variable.constraint(variable))
 
 
 # --- random numbers ----------------------------------------------------------

@@ -280,7 +280,7 @@ def _read(store: Any, key: str, shape: Sequence[int]) -> np.ndarray:
     )
 
 
-def check_values(
+def _check_values(
     source: str, values: Sequence[np.ndarray], variables: Sequence[Any]
 ) -> None:
     """Raises unless `variables` can be set to `values`.
@@ -393,6 +393,22 @@ class SavedState(tf.train.experimental.PythonState):
             self._load(_layout_in(self._held), self._held)
         self._held, self._restored, self._refused = None, None, False
 
+    # --- weights ---
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Sets all variables of the optimizer, or raises and sets none."""
+        if not self._optimizer.built:
+            raise ValueError(
+                "The optimizer must be built before `set_weights` is called. Received: "
+                f"`{self._optimizer.name}`, which is not. Call "
+                "`optimizer.build(model.trainable_variables)` first."
+            )
+        variables = self._optimizer.variables
+        arrays = [np.asarray(weight) for weight in weights]
+        _check_values("`weights`", arrays, variables)
+        for variable, array in zip(variables, arrays, strict=True):
+            variable.assign(array)
+
     # --- files of Keras ---
 
     def _note_arrays(self) -> Arrays:
@@ -437,7 +453,7 @@ class SavedState(tf.train.experimental.PythonState):
         for prefix, part in parts(self._optimizer):
             for key, variable in _variables_of(part).items():
                 if prefix + key in values:
-                    check_values("The file", [values[prefix + key]], [variable])
+                    _check_values("The file", [values[prefix + key]], [variable])
         warn_of_changes(saved, now, keys)
         current = _arrays_in(self._optimizer)
         try:

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from sequential_optimizer import _children, _gradients, _keras, _replicas
 from sequential_optimizer._phases import Phases
-from sequential_optimizer._saving import STATE, Commit, SavedState, check_values
+from sequential_optimizer._saving import STATE, Commit, SavedState
 from sequential_optimizer._switch_case import switch_case
 from sequential_optimizer._weight_copies import (
     are_initialized,
@@ -184,12 +184,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             object.__setattr__(self, name, value)
             return
         if name in ("boundaries", "children") and hasattr(self, name):
-            raise AttributeError(
-                f"`{name}` of a `SequentialOptimizer` cannot be changed, because "
-                f"graphs and saved state depend on it. Received: {value!r:.200}. Call "
-                "`advance()` to end a phase early, or create another optimizer and "
-                "load what this one saved."
-            )
+            _children.refuse_change(name, value)
         if name in _children.CHILD_SETTINGS:
             _children.check_settings({name: value})
         super().__setattr__(name, value)
@@ -540,18 +535,10 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
 
     def _update_averages(self) -> None:
         _keras.update_averages(self)
-        if not self.ema_overwrite_frequency:
-            return
-
-        def overwrite() -> None:
-            _keras.overwrite_with_averages(self)
-            # The average of weights on, say, a sphere is not on it.
-            for variable in _keras.trained_variables(self):
-                if variable.constraint is not None:
-                    self.assign(variable, variable.constraint(variable))
-
-        is_due = (self.iterations + 1) % self.ema_overwrite_frequency == 0
-        tf.cond(is_due, overwrite, lambda: None)
+        if self.ema_overwrite_frequency:
+            is_due = (self.iterations + 1) % self.ema_overwrite_frequency == 0
+            overwrite = functools.partial(_keras.overwrite_with_averages, self)
+            tf.cond(is_due, overwrite, lambda: None)
 
     @_not_autographed
     def finalize_variable_values(self, var_list: Iterable[Any]) -> None:
@@ -637,15 +624,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             ValueError: if the optimizer is not built, or if the number of arrays, a
                 shape or a counter does not fit; nothing is set then.
         """
-        if not self.built:
-            raise ValueError(
-                "The optimizer must be built before `set_weights` is called. Call "
-                "`optimizer.build(model.trainable_variables)` first."
-            )
-        arrays = [np.asarray(weight) for weight in weights]
-        check_values("`weights`", arrays, self.variables)
-        for variable, array in zip(self.variables, arrays, strict=True):
-            variable.assign(array)
+        self._saved_state.set_weights(weights)
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the variables of the optimizer and of its children; see `_saving`."""
