@@ -2,7 +2,7 @@
 
 import os
 
-from benchmarks.terminal import without_info_logs
+from benchmarks.harness.terminal import without_info_logs
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import QUESTIONS
-from benchmarks.terminal import say
+from benchmarks.harness.terminal import say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in arguments.only or QUESTIONS
         # In a process of its own nothing of another question is in memory.
         if subprocess.run(
-            [sys.executable, "-m", f"benchmarks.{name}", *options]
+            [sys.executable, "-m", f"benchmarks.questions.{name}", *options]
         ).returncode
     ]
     if failed:

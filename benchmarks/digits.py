@@ -25,8 +25,8 @@ import tensorflow as tf
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from benchmarks.checks import CheckError
-from benchmarks.terminal import say, without_info_logs
+from benchmarks.harness.checks import CheckError
+from benchmarks.harness.terminal import say, without_info_logs
 from sequential_optimizer import SequentialOptimizer, plot_history
 
 PICTURE = Path(__file__).parent / "results" / "digits.png"

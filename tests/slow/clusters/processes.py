@@ -5,7 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.processes import Program, check_all, cluster_environments, running
+from benchmarks.harness.processes import (
+    Program,
+    check_all,
+    cluster_environments,
+    running,
+)
 
 
 def run_workers(function: Callable, folder: Path, count: int) -> list[dict]:

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks import does_it_help, learning_tasks, report
-from benchmarks.checks import CheckError
+from benchmarks.harness import report
+from benchmarks.harness.checks import CheckError
+from benchmarks.questions import does_it_help
+from benchmarks.workloads import learning_tasks
 
 TINY = does_it_help.Settings(
     teacher_epochs=2, rates=(3e-3, 3e-2), tuning_seeds=1, seeds=2, patience=1

@@ -5,9 +5,11 @@ import importlib.util
 import numpy as np
 import pytest
 
-from benchmarks import gpu, models, report
-from benchmarks.checks import CheckError
-from benchmarks.programs import Program, make_plain, make_sequence
+from benchmarks.harness import report
+from benchmarks.harness.checks import CheckError
+from benchmarks.questions import gpu
+from benchmarks.workloads import models
+from benchmarks.workloads.programs import Program, make_plain, make_sequence
 
 
 def small_task():
@@ -23,7 +25,7 @@ def cpu():
 
 def make_step(program, cpu):
     # Imports JAX.
-    from benchmarks.device import StepOnDevice
+    from benchmarks.workloads.device import StepOnDevice
 
     task = small_task()
     return StepOnDevice(program, (task.x, task.y), cpu)

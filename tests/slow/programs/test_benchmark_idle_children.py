@@ -5,8 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from benchmarks import hlo, idle_children, models, programs, report
-from benchmarks.checks import CheckError
+from benchmarks.harness import hlo, report
+from benchmarks.harness.checks import CheckError
+from benchmarks.questions import idle_children
+from benchmarks.workloads import models, programs
 
 # A switch as XLA writes it. In the second branch the first variable is handed on in a
 # copy, the second is updated, and the third is handed on in place. The copy of the loss

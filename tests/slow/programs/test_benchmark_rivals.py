@@ -6,10 +6,11 @@ import importlib.util
 import numpy as np
 import pytest
 
-from benchmarks import report, rivals
-from benchmarks.checks import CheckError
-from benchmarks.models import mlp
-from benchmarks.rival import NotAvailableError, Trainer, Work
+from benchmarks.harness import report
+from benchmarks.harness.checks import CheckError
+from benchmarks.questions import rivals
+from benchmarks.workloads.models import mlp
+from benchmarks.workloads.rival import NotAvailableError, Trainer, Work
 
 TINY = dataclasses.replace(rivals.QUICK, width=16, hidden=1, boundary=3, rounds=2)
 FRAMEWORKS = {one.name: one for one in rivals.frameworks(compiled=False)}

@@ -10,27 +10,13 @@ import keras
 import numpy as np
 import pytest
 
-from benchmarks import (
-    QUESTIONS,
-    first_call,
-    headline,
-    memory,
-    models,
-    peak_memory,
-    programs,
-    readme,
-    report,
-    step_throughput,
-    terminal,
-    the_switch,
-    timing,
-    ways,
-)
-from benchmarks import (
-    __main__ as everything,
-)
-from benchmarks.checks import CheckError, check_same, difference
-from benchmarks.environment import environment
+from benchmarks import QUESTIONS
+from benchmarks import __main__ as everything
+from benchmarks.harness import headline, readme, report, terminal, timing
+from benchmarks.harness.checks import CheckError, check_same, difference
+from benchmarks.harness.environment import environment
+from benchmarks.questions import first_call, memory, step_throughput, the_switch
+from benchmarks.workloads import models, peak_memory, programs, ways
 from sequential_optimizer import SequentialOptimizer
 
 NAMES = ("step_throughput", "first_call", "the_switch", "memory")
@@ -410,11 +396,13 @@ def test_all_runs_each_question_in_a_process_of_its_own(monkeypatch, capsys):
 
     monkeypatch.setattr(subprocess, "run", run)
     assert everything.main(["--quick"]) == 1
-    assert commands == [[f"benchmarks.{name}", "--quick"] for name in QUESTIONS]
+    assert commands == [
+        [f"benchmarks.questions.{name}", "--quick"] for name in QUESTIONS
+    ]
     assert "FAILED: memory" in capsys.readouterr().out
     commands.clear()
     assert everything.main(["--only", "the_switch", "--results", "there"]) == 0
-    assert commands == [["benchmarks.the_switch", "--results", "there"]]
+    assert commands == [["benchmarks.questions.the_switch", "--results", "there"]]
 
 
 def test_progress_stays_out_of_files(capsys):

@@ -10,9 +10,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from benchmarks import fault_worker, faults
-from benchmarks.checks import CheckError
-from benchmarks.fault_runs import DAMAGES, KINDS, Moment, damage_newest, reference
+from benchmarks.harness.checks import CheckError
+from benchmarks.questions import faults
+from benchmarks.workloads import fault_worker
+from benchmarks.workloads.fault_runs import (
+    DAMAGES,
+    KINDS,
+    Moment,
+    damage_newest,
+    reference,
+)
 from sequential_optimizer import SequentialOptimizer
 from tests.helpers.oracle import assert_same, weights_of
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from benchmarks.peak_memory import in_status
+from benchmarks.workloads.peak_memory import in_status
 from sequential_optimizer import SequentialOptimizer
 from tests.helpers.oracle import assert_same, make_variables, weights_of
 

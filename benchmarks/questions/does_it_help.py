@@ -23,10 +23,11 @@ import tensorflow as tf
 from matplotlib.figure import Figure
 from scipy import stats
 
-from benchmarks import report
-from benchmarks.checks import check_same
-from benchmarks.drawing import COLORS
-from benchmarks.learning_tasks import (
+from benchmarks.harness import report
+from benchmarks.harness.checks import check_same
+from benchmarks.harness.drawing import COLORS
+from benchmarks.harness.terminal import Progress
+from benchmarks.workloads.learning_tasks import (
     BATCH,
     Data,
     LearningTask,
@@ -34,7 +35,6 @@ from benchmarks.learning_tasks import (
     digits_task,
     teacher_task,
 )
-from benchmarks.terminal import Progress
 from sequential_optimizer import SequentialOptimizer, SwitchOnPlateau
 
 ALONE = ("Adam", "SGD")

@@ -20,13 +20,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from benchmarks import report, timing
-from benchmarks.checks import check_same
-from benchmarks.compilations import count_at_switch
-from benchmarks.drawing import COLORS, NOISE_COLOR
-from benchmarks.models import Task
-from benchmarks.programs import Program, make_plain, plain_weights
-from benchmarks.ways import (
+from benchmarks.harness import report, timing
+from benchmarks.harness.checks import check_same
+from benchmarks.harness.drawing import COLORS, NOISE_COLOR
+from benchmarks.workloads.compilations import count_at_switch
+from benchmarks.workloads.models import Task
+from benchmarks.workloads.programs import Program, make_plain, plain_weights
+from benchmarks.workloads.ways import (
     AROUND,
     BOUNDARY,
     COMPILING,

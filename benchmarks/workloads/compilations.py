@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ways
-from benchmarks.report import compile_something
-from benchmarks.terminal import Progress
+from benchmarks.harness.report import compile_something
+from benchmarks.harness.terminal import Progress
+from benchmarks.workloads import ways
 
 # The dump of a module before XLA has changed anything.
 _MODULE = re.compile(r"module_(\d+)\..*before_optimizations\.txt")

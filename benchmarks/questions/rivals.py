@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks import report, timing
-from benchmarks.checks import check_same
-from benchmarks.drawing import draw_ratios, new_figure
-from benchmarks.models import mlp
-from benchmarks.rival import COPIES, PLAIN, NotAvailableError, Trainers, Work
-from benchmarks.terminal import say
+from benchmarks.harness import report, timing
+from benchmarks.harness.checks import check_same
+from benchmarks.harness.drawing import draw_ratios, new_figure
+from benchmarks.harness.terminal import say
+from benchmarks.workloads.models import mlp
+from benchmarks.workloads.rival import COPIES, PLAIN, NotAvailableError, Trainers, Work
 
 OURS = "SequentialOptimizer"
 # Each framework adds up in an order of its own, and has an `exp` and a division of its
@@ -78,7 +78,7 @@ class Framework:
         missing = [name for name in self.needs if not importlib.util.find_spec(name)]
         if missing:
             raise NotAvailableError(f"{' and '.join(missing)} not installed")
-        module = importlib.import_module(f"benchmarks.{self.module}")
+        module = importlib.import_module(f"benchmarks.workloads.{self.module}")
         return module.make_trainers(work, **self.options)
 
 

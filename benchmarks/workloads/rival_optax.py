@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from optax.transforms import conditionally_transform
 
-from benchmarks.rival import Trainer, Trainers, Work
+from benchmarks.workloads.rival import Trainer, Trainers, Work
 
 
 def make_trainers(work: Work) -> Trainers:

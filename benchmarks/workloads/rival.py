@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.models import Task
+from benchmarks.workloads.models import Task
 
 
 class NotAvailableError(Exception):

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from benchmarks.terminal import Progress
+from benchmarks.harness.terminal import Progress
 
 Key = TypeVar("Key", bound=Hashable)
 

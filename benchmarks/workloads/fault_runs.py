@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from benchmarks import fault_worker
-from benchmarks.fault_worker import Fit, Loop
-from benchmarks.processes import (
+from benchmarks.harness.processes import (
     Program,
     ProgramError,
     cluster_environments,
     running,
 )
+from benchmarks.workloads import fault_worker
+from benchmarks.workloads.fault_worker import Fit, Loop
 
 # Seconds that the other workers get to notice that one is gone.
 PATIENCE = 1.0

@@ -23,16 +23,16 @@ import numpy as np
 import tensorflow as tf
 from matplotlib.figure import Figure
 
-from benchmarks import report, timing
-from benchmarks.drawing import draw_ratios, new_figure
-from benchmarks.models import (
+from benchmarks.harness import report, timing
+from benchmarks.harness.drawing import draw_ratios, new_figure
+from benchmarks.workloads.models import (
     Task,
     make_tasks,
     many_variables,
     mlp,
     transformer,
 )
-from benchmarks.programs import (
+from benchmarks.workloads.programs import (
     OPTIMIZERS,
     Program,
     check_sequence,

@@ -23,18 +23,18 @@ import numpy as np
 import tensorflow as tf
 from matplotlib.figure import Figure
 
-from benchmarks import hlo, report, timing
-from benchmarks.checks import CheckError
-from benchmarks.drawing import COLORS, NOISE_COLOR
-from benchmarks.models import Task, many_variables
-from benchmarks.programs import (
+from benchmarks.harness import hlo, report, timing
+from benchmarks.harness.checks import CheckError
+from benchmarks.harness.drawing import COLORS, NOISE_COLOR
+from benchmarks.harness.terminal import Progress
+from benchmarks.workloads.models import Task, many_variables
+from benchmarks.workloads.programs import (
     MODES,
     OPTIMIZERS,
     Program,
     check_sequence,
     make_plain,
 )
-from benchmarks.terminal import Progress
 from sequential_optimizer import SequentialOptimizer
 
 # Updates in each phase: more than are ever made, so that a program is set into its

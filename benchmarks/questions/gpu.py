@@ -20,12 +20,12 @@ from typing import Any
 import tensorflow as tf
 from matplotlib.figure import Figure
 
-from benchmarks import report, timing
-from benchmarks.checks import CheckError, check_same
-from benchmarks.drawing import draw_ratios, new_figure
-from benchmarks.models import Task, make_tasks
-from benchmarks.programs import Program, make_plain, make_sequence
-from benchmarks.terminal import say
+from benchmarks.harness import report, timing
+from benchmarks.harness.checks import CheckError, check_same
+from benchmarks.harness.drawing import draw_ratios, new_figure
+from benchmarks.harness.terminal import say
+from benchmarks.workloads.models import Task, make_tasks
+from benchmarks.workloads.programs import Program, make_plain, make_sequence
 
 CHILDREN = ("adam", "sgd")
 # Against the weights that TensorFlow computes on the CPU. GPUs multiply matrices with
@@ -95,7 +95,7 @@ def empty_cells(task: Task) -> list[dict[str, Any]]:
 def measure_on(device: Any, task: Task, settings: Settings) -> list[dict[str, Any]]:
     """Returns the rows of a model on a device of JAX."""
     # Needs JAX.
-    from benchmarks.device import StepOnDevice
+    from benchmarks.workloads.device import StepOnDevice
 
     def on_device(program: Program) -> StepOnDevice:
         return StepOnDevice(program, (task.x, task.y), device)

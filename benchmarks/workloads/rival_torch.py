@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from benchmarks.rival import NotAvailableError, Trainer, Trainers, Work
+from benchmarks.workloads.rival import NotAvailableError, Trainer, Trainers, Work
 
 SWITCHING = "two optimizers and an if"
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import report
-from benchmarks.timing import number
-from benchmarks.ways import AROUND
+from benchmarks.harness import report
+from benchmarks.harness.timing import number
+from benchmarks.workloads.ways import AROUND
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parent.parent.parent / "README.md"
 
 
 def table(results: Path = report.RESULTS) -> str:

@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import QUESTIONS, headline, report
+from benchmarks import QUESTIONS
+from benchmarks.harness import headline, report
 
-README = Path(__file__).parent / "README.md"
+README = Path(__file__).parent.parent / "README.md"
 
 
 def origin(environment: dict[str, Any]) -> str:

@@ -7,8 +7,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from benchmarks.checks import check_same
-from benchmarks.models import LOSS, Task
+from benchmarks.harness.checks import check_same
+from benchmarks.workloads.models import LOSS, Task
 from sequential_optimizer import SequentialOptimizer
 
 # In the order in which sequences of 2, 3, ... children have them. The names are given,

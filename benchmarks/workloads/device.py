@@ -22,8 +22,8 @@ from jax._src import compiler
 from jax._src.interpreters import mlir
 from jax._src.lib import _jax, xla_client
 
-from benchmarks import hlo
-from benchmarks.programs import Program
+from benchmarks.harness import hlo
+from benchmarks.workloads.programs import Program
 
 _ALIAS = re.compile(r"\{(\d+)\}: \((\d+),")
 

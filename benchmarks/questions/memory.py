@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks import report, timing
-from benchmarks.drawing import draw_ratios, new_figure
-from benchmarks.peak_memory import make_task, measure_in_process
-from benchmarks.programs import (
+from benchmarks.harness import report, timing
+from benchmarks.harness.drawing import draw_ratios, new_figure
+from benchmarks.workloads.peak_memory import make_task, measure_in_process
+from benchmarks.workloads.programs import (
     MODES,
     OPTIMIZERS,
     Program,

@@ -6,8 +6,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from benchmarks.models import LOSS
-from benchmarks.rival import Trainer, Trainers, Work
+from benchmarks.workloads.models import LOSS
+from benchmarks.workloads.rival import Trainer, Trainers, Work
 from sequential_optimizer import SequentialOptimizer
 
 

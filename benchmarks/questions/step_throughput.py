@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks import report, timing
-from benchmarks.drawing import draw_ratios, new_figure
-from benchmarks.models import Task, make_tasks
-from benchmarks.programs import (
+from benchmarks.harness import report, timing
+from benchmarks.harness.drawing import draw_ratios, new_figure
+from benchmarks.workloads.models import Task, make_tasks
+from benchmarks.workloads.programs import (
     MODES,
     Program,
     check_sequence,

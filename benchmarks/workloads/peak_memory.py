@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.models import Task, mlp
-from benchmarks.programs import Program, make_plain, make_sequence
+from benchmarks.workloads.models import Task, mlp
+from benchmarks.workloads.programs import Program, make_plain, make_sequence
 
 STEPS = 3
 _STATUS = Path("/proc/self/status")

@@ -43,10 +43,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks import report
-from benchmarks.checks import CheckError
-from benchmarks.drawing import COLORS, new_figure
-from benchmarks.fault_runs import (
+from benchmarks.harness import report
+from benchmarks.harness.checks import CheckError
+from benchmarks.harness.drawing import COLORS, new_figure
+from benchmarks.harness.terminal import Progress
+from benchmarks.workloads.fault_runs import (
     DAMAGES,
     KINDS,
     Kind,
@@ -57,8 +58,7 @@ from benchmarks.fault_runs import (
     reference,
     reference_going_back,
 )
-from benchmarks.fault_worker import PAUSE
-from benchmarks.terminal import Progress
+from benchmarks.workloads.fault_worker import PAUSE
 
 PLACES = ("before", "at", "after")
 # A run is killed up to so many times.
@@ -289,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, others = parser.parse_known_args(argv)
     changes = {key: value for key, value in vars(own).items() if value is not None}
     # Not this module, if it is run as a command.
-    module = importlib.import_module("benchmarks.faults")
+    module = importlib.import_module("benchmarks.questions.faults")
     module.FULL = dataclasses.replace(module.FULL, **changes)
     module.QUICK = dataclasses.replace(module.QUICK, **changes)
     return report.run("faults", others)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.terminal import without_info_logs
+from benchmarks.harness.terminal import without_info_logs
 
 HOST = "127.0.0.1"
 # Seconds. Only what hangs takes so long, or a machine that does much else.

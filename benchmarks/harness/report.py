@@ -24,11 +24,11 @@ from typing import Any
 
 import tensorflow as tf
 
-from benchmarks.checks import CheckError
-from benchmarks.environment import environment
-from benchmarks.terminal import say, text_table, without_info_logs
+from benchmarks.harness.checks import CheckError
+from benchmarks.harness.environment import environment
+from benchmarks.harness.terminal import say, text_table, without_info_logs
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Table:
 
 def question(name: str) -> Any:
     """Returns the module that asks the question."""
-    return importlib.import_module(f"benchmarks.{name}")
+    return importlib.import_module(f"benchmarks.questions.{name}")
 
 
 def read(name: str, results: Path = RESULTS) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def parse(name: str, argv: Sequence[str] | None) -> argparse.Namespace:
 def run(name: str, argv: Sequence[str] | None = None) -> int:
     """Runs the command of a question, and returns its exit code."""
     # It needs `run` itself for its own command.
-    from benchmarks import readme
+    from benchmarks.harness import readme
 
     arguments = parse(name, argv)
     results = arguments.results or RESULTS

@@ -12,8 +12,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from benchmarks.models import LOSS, Task, mlp, transformer
-from benchmarks.programs import Program, make_plain, make_sequence
+from benchmarks.workloads.models import LOSS, Task, mlp, transformer
+from benchmarks.workloads.programs import Program, make_plain, make_sequence
 
 AROUND = 5  # updates that are looked at on each side of the switch
 LEAD = 3  # updates before those: the first may compile, the others warm the caches
