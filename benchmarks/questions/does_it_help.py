@@ -169,6 +169,7 @@ class Contender:
             "val_loss", patience=self.patience, min_delta=0.01 * loss
         )
         callback.set_model(self.model)
+        callback.on_train_begin()
         return callback
 
 
