@@ -1,4 +1,11 @@
-"""Programs that measure the package; each is run with `python -m`."""
+"""Programs that measure the package, and the example of the main README.
+
+    questions    what is asked, one file a question
+    workloads    what is measured
+    harness      how
+
+Each imports only what stands below it: nobody below knows what is asked above.
+"""
 
 import os
 
@@ -9,16 +16,3 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Here, so that it is quiet whichever program imports it first.
 with without_info_logs():
     import tensorflow  # noqa: F401
-
-# One question a script, in the order in which `python -m benchmarks` asks them.
-QUESTIONS = (
-    "step_throughput",
-    "first_call",
-    "the_switch",
-    "memory",
-    "idle_children",
-    "rivals",
-    "gpu",
-    "does_it_help",
-    "faults",
-)

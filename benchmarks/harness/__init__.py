@@ -1,0 +1,1 @@
+"""How it is measured and shown. Imports nothing else of the benchmarks."""

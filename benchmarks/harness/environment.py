@@ -14,7 +14,11 @@ import tensorflow as tf
 
 _FOLDER = Path(__file__).parent.parent
 # A run writes these itself, so they say nothing about the code that was measured.
-_WRITTEN_BY_RUNS = (":(exclude)results", ":(exclude)README.md")
+_WRITTEN_BY_RUNS = (
+    ":(exclude)results",
+    ":(exclude)README.md",
+    ":(exclude)../README.md",
+)
 # Variables that change what TensorFlow and XLA compile, or how many threads there are.
 _FLAGS = (
     "OMP_NUM_THREADS",

@@ -53,8 +53,8 @@ class Copies:
     bytes: int = 0
 
 
-class Program:
-    """An HLO module: its computations, each a list of instructions by name."""
+class Module:
+    """A compiled program: its computations, each a list of instructions by name."""
 
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Instruction]] = {}

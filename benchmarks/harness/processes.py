@@ -1,8 +1,8 @@
 """Processes that start within a second, report what they do, and can be killed.
 
-TensorFlow takes seconds to import. A server process imports it once and then forks one
-process for each `Program`. That is safe because importing starts no threads and no
-devices, and each program starts its own.
+TensorFlow takes seconds to import. A server imports it once, and then each `Process` is
+a fork of it. That is safe because importing starts no threads and no devices, and each
+process starts its own.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import resource
 import signal
 import socket
 import sys
@@ -24,6 +25,7 @@ from typing import Any
 from benchmarks.harness.terminal import without_info_logs
 
 HOST = "127.0.0.1"
+_STATUS = Path("/proc/self/status")
 # Seconds. Only what hangs takes so long, or a machine that does much else.
 LIMIT = 150
 KILLED_WITHIN = 10.0
@@ -44,11 +46,11 @@ def start_server() -> None:
         multiprocessing.forkserver.ensure_running()
 
 
-class ProgramError(Exception):
-    """A program failed, or did not end in time. The message holds its whole log."""
+class ProcessError(Exception):
+    """A process failed, or did not end in time. The message holds its whole log."""
 
 
-class Program:
+class Process:
     """Calls a function in a new process.
 
     Args:
@@ -82,11 +84,11 @@ class Program:
         sender.close()
 
     def reports(self) -> Iterator[Any]:
-        """Yields what the program reports, until it ends."""
+        """Yields what the process reports, until it ends."""
         while True:
             try:
                 if not self._reports.poll(max(self.deadline - time.monotonic(), 0)):
-                    raise ProgramError(self.describe("did not end in time"))
+                    raise ProcessError(self.describe("did not end in time"))
                 yield self._reports.recv()
             except (EOFError, OSError):
                 return
@@ -112,12 +114,12 @@ class Program:
         return was_running and self.exit_code() == -signal.SIGKILL
 
     def check(self) -> None:
-        """Waits for the end; raises ProgramError if it was not a good one."""
+        """Waits for the end; raises ProcessError if it was not a good one."""
         if not self.wait(max(self.deadline - time.monotonic(), 0)):
             self.kill()
-            raise ProgramError(self.describe("did not end in time"))
+            raise ProcessError(self.describe("did not end in time"))
         if self.exit_code() != 0:
-            raise ProgramError(
+            raise ProcessError(
                 self.describe(f"ended with exit code {self.exit_code()}")
             )
 
@@ -126,7 +128,7 @@ class Program:
         return f"process {self._process.pid} {what}; {self.log}:\n{self.text()}"
 
     def text(self) -> str:
-        """Returns all that the program has printed."""
+        """Returns all that the process has printed."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
 
@@ -155,36 +157,36 @@ def _run(
 
 
 @contextlib.contextmanager
-def running(programs: list[Program]) -> Iterator[list[Program]]:
+def running(processes: list[Process]) -> Iterator[list[Process]]:
     """Kills those that are still running when the block ends."""
     try:
-        yield programs
+        yield processes
     finally:
-        for program in programs:
-            program.kill()
+        for process in processes:
+            process.kill()
 
 
-def check_all(programs: list[Program]) -> None:
-    """Waits for the end of all; raises ProgramError with every log if one failed.
+def check_all(processes: list[Process]) -> None:
+    """Waits for the end of all; raises ProcessError with every log if one failed.
 
     The others are killed then, because they wait for it.
     """
-    with running(programs):
+    with running(processes):
         try:
-            _first_failure(programs)
-        except ProgramError as error:
-            logs = [program.describe("took part") for program in programs]
-            raise ProgramError("\n\n".join([str(error), *logs])) from None
+            _first_failure(processes)
+        except ProcessError as error:
+            logs = [process.describe("took part") for process in processes]
+            raise ProcessError("\n\n".join([str(error), *logs])) from None
 
 
-def _first_failure(programs: list[Program]) -> None:
-    waiting = list(programs)
+def _first_failure(processes: list[Process]) -> None:
+    waiting = list(processes)
     while waiting:
-        for program in list(waiting):
-            late = time.monotonic() > program.deadline
-            if late or program.wait(0.05):
-                program.check()
-                waiting.remove(program)
+        for process in list(waiting):
+            late = time.monotonic() > process.deadline
+            if late or process.wait(0.05):
+                process.check()
+                waiting.remove(process)
 
 
 def free_ports(count: int) -> list[int]:
@@ -222,3 +224,34 @@ def cluster_environments(**counts: int) -> dict[tuple[str, int], dict[str, str]]
         for job, count in counts.items()
         for index in range(count)
     }
+
+
+# --- the memory of this process ----------------------------------------------
+
+
+def peak_memory() -> int:
+    """Returns the largest number of bytes that the process has had in memory.
+
+    On Linux not what `getrusage` says, which in a process that was started by a larger
+    one is at least the size of that.
+    """
+    found = size_in_status("VmHWM")
+    if found is not None:
+        return found
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def size_in_status(name: str) -> int | None:
+    """Returns a size that Linux tells of this process, in bytes; `None` elsewhere."""
+    with contextlib.suppress(OSError):
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def forget_peak() -> None:
+    """Lets `peak_memory` start again from what is in memory now, if Linux can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

@@ -1,20 +1,14 @@
-"""Writes the tables of both READMEs anew, from the JSON files.
-
-    python -m benchmarks.readme
-
-A full run of a question does so for its own part. The pictures are drawn anew as well.
-"""
+"""Writes what was measured into both READMEs, from the JSON files."""
 
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import QUESTIONS
-from benchmarks.harness import headline, report
+from benchmarks.harness import report
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).resolve().parent.parent / "README.md"
+MAIN_README = README.parent.parent / "README.md"
 
 
 def origin(environment: dict[str, Any]) -> str:
@@ -30,12 +24,36 @@ def origin(environment: dict[str, Any]) -> str:
     )
 
 
-def part(name: str, results: Path = report.RESULTS) -> str:
+def part(question: Any, results: Path) -> str:
     """Returns what stands between the markers of a question."""
-    result = report.read(name, results)
-    tables = [table.as_markdown() for table in report.question(name).tables(result)]
-    picture = f"![{name}](results/{name}.png)"
-    return "\n\n".join([*tables, picture, origin(result["environment"])])
+    result = report.read(question, results)
+    headline = question.headline(result)
+    tables = question.tables(result)
+    if not tables:
+        return headline
+    name = report.name_of(question)
+    return "\n\n".join(
+        [
+            f"**{headline}**",
+            *(table.as_markdown() for table in tables),
+            f"![{report.text_of(question)}](results/{name}.png)",
+            origin(result["environment"]),
+        ]
+    )
+
+
+def costs(questions: Iterable[Any], results: Path) -> str:
+    """Returns the table of the main README, a line for each cost that was measured."""
+    lines = ["| | measured |", "| --- | --- |"]
+    for question in questions:
+        if not hasattr(question, "COST"):
+            continue
+        result = report.read(question, results)
+        if question.tables(result):
+            anchor = report.name_of(question).replace("_", "-")
+            link = f"[{question.COST}](benchmarks/README.md#{anchor})"
+            lines.append(f"| {link} | {question.headline(result)} |")
+    return "\n".join(lines)
 
 
 def with_part(text: str, name: str, new: str) -> str:
@@ -47,26 +65,12 @@ def with_part(text: str, name: str, new: str) -> str:
     return form.sub(lambda _: f"{begin}\n\n{new}\n\n{end}", text)
 
 
-def update(names: Iterable[str]) -> None:
-    """Puts the newest tables of the questions into the READMEs."""
+def write(changed: Iterable[Any], questions: Iterable[Any], results: Path) -> None:
+    """Writes the parts of the questions that changed, and the table of all costs."""
     text = README.read_text()
-    for name in names:
-        text = with_part(text, name, part(name))
+    for question in changed:
+        name = report.name_of(question)
+        text = with_part(text, name, part(question, results))
     README.write_text(text)
-    text = headline.README.read_text()
-    headline.README.write_text(with_part(text, "headline", headline.table()))
-
-
-def main() -> int:
-    """Writes every part for which there is a result."""
-    measured = [
-        name for name in QUESTIONS if (report.RESULTS / f"{name}.json").exists()
-    ]
-    for name in measured:
-        report.draw(name)
-    update(measured)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    text = MAIN_README.read_text()
+    MAIN_README.write_text(with_part(text, "headline", costs(questions, results)))

@@ -1,30 +1,15 @@
-"""Runs a question: measures, writes JSON and a picture, prints the tables.
+"""Asks a question: measures, writes JSON and a picture, prints the tables.
 
-A question is a module of this package, listed in `benchmarks.QUESTIONS`, with
-
-    FULL, QUICK         two instances of a frozen dataclass: how long it takes
-    measure(settings)   measures, checks results, returns what JSON can hold: a dict of
-                        lists of rows, a row being a dict
-    tables(result)      makes a list of `Table` from what was written to the JSON file
-    draw(result)        makes a matplotlib `Figure` from the same
-
-`tables` and `draw` see nothing but the file, so benchmarks/README.md can be made again
-without measuring again.
+What a question is stands in benchmarks/questions/__init__.py.
 """
 
-import argparse
 import dataclasses
-import importlib
 import json
-import sys
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
 
-from benchmarks.harness.checks import CheckError
 from benchmarks.harness.environment import environment
 from benchmarks.harness.terminal import say, text_table, without_info_logs
 
@@ -33,11 +18,20 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of text, for the terminal and for Markdown."""
+    """A table of text, for the terminal and for Markdown.
+
+    Args:
+        caption: string, what the table says.
+        header: tuple of strings.
+        rows: list of tuples of strings.
+        folded: string, what a reader clicks on to see it in Markdown, or `""` if it
+            is open.
+    """
 
     caption: str
     header: tuple[str, ...]
     rows: list[tuple[str, ...]]
+    folded: str = ""
 
     def as_text(self) -> str:
         """Returns it for the terminal."""
@@ -47,88 +41,69 @@ class Table:
         """Returns it for benchmarks/README.md."""
         lines = [self.header, ("---",) * len(self.header), *self.rows]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return f"{table}\n\n{self.caption}"
+        text = f"{table}\n\n{self.caption}"
+        return folded(self.folded, text) if self.folded else text
 
 
-def question(name: str) -> Any:
-    """Returns the module that asks the question."""
-    return importlib.import_module(f"benchmarks.questions.{name}")
+def folded(summary: str, text: str) -> str:
+    """Returns Markdown that is hidden until a reader clicks on the summary."""
+    return f"<details>\n<summary>{summary}</summary>\n\n{text}\n\n</details>"
 
 
-def read(name: str, results: Path = RESULTS) -> dict[str, Any]:
-    """Returns the newest result of a question."""
-    return json.loads((results / f"{name}.json").read_text())
+def name_of(question: Any) -> str:
+    """Returns the name of the question: that of its file."""
+    return question.__name__.rpartition(".")[2]
 
 
-def write(name: str, result: dict[str, Any], results: Path) -> None:
-    """Writes the result of a question, as JSON and as a picture."""
-    results.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=1, allow_nan=False)
-    (results / f"{name}.json").write_text(text + "\n")
-    draw(name, results)
+def text_of(question: Any) -> str:
+    """Returns what is asked: the first line of its docstring."""
+    return question.__doc__.partition("\n")[0]
 
 
-def draw(name: str, results: Path = RESULTS) -> None:
-    """Draws the picture of a question from its JSON file."""
-    figure = question(name).draw(read(name, results))
-    # Without the version of matplotlib in it, equal pictures are equal files.
-    figure.savefig(results / f"{name}.png", dpi=120, metadata={"Software": None})
+def ask(question: Any, settings: Any, quick: bool, results: Path) -> None:
+    """Measures, writes the result as JSON and as a picture, and prints it.
 
+    Args:
+        question: the module that asks it.
+        settings: how long it takes, an instance of the question's `Settings`.
+        quick: bool, whether this is too short to be an answer.
+        results: folder.
 
-def measure(name: str, quick: bool) -> dict[str, Any]:
-    """Asks the question, and returns the result as it goes to the JSON file."""
-    module = question(name)
-    settings = module.QUICK if quick else module.FULL
-    measured = module.measure(settings)
-    return {
+    Raises:
+        CheckError: if what was measured is not what it is said to be.
+    """
+    name = name_of(question)
+    say(f"== {name}: {text_of(question)}")
+    if hasattr(question, "prepare"):
+        question.prepare()
+    compile_something()
+    result = {
         "question": name,
         "environment": environment(quick),
         "settings": dataclasses.asdict(settings),
-        **measured,
+        **question.measure(settings),
     }
-
-
-def parse(name: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line of a question."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{name}",
-        description=(question(name).__doc__ or "").partition("\n")[0],
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="small models and few rounds"
-    )
-    parser.add_argument(
-        "--results",
-        type=Path,
-        help="folder for the JSON file and the picture (default: benchmarks/results, "
-        "or a temporary one with --quick)",
-    )
-    return parser.parse_args(argv)
-
-
-def run(name: str, argv: Sequence[str] | None = None) -> int:
-    """Runs the command of a question, and returns its exit code."""
-    # It needs `run` itself for its own command.
-    from benchmarks.harness import readme
-
-    arguments = parse(name, argv)
-    results = arguments.results or RESULTS
-    if arguments.quick and not arguments.results:
-        results = Path(tempfile.mkdtemp(prefix="benchmarks-"))
-    say(f"== {name}: {question(name).__doc__.partition(chr(10))[0]}")
-    compile_something()
-    try:
-        result = measure(name, arguments.quick)
-    except CheckError as error:
-        print(f"FAILED: {error}", file=sys.stderr)
-        return 1
-    write(name, result, results)
-    for table in question(name).tables(result):
+    results.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result, indent=1, allow_nan=False)
+    (results / f"{name}.json").write_text(text + "\n")
+    draw(question, results)
+    for table in question.tables(result):
         say(f"\n{table.as_text()}")
+    say(f"\n{question.headline(result)}")
     say(f"\nwritten: {results / name}.json and .png\n")
-    if results.resolve() == RESULTS:
-        readme.update([name])
-    return 0
+
+
+def read(question: Any, results: Path) -> dict[str, Any]:
+    """Returns the newest result of a question."""
+    return json.loads((results / f"{name_of(question)}.json").read_text())
+
+
+def draw(question: Any, results: Path) -> None:
+    """Draws the picture of a question from its JSON file."""
+    figure = question.draw(read(question, results))
+    # Without the version of matplotlib in it, equal pictures are equal files.
+    path = results / f"{name_of(question)}.png"
+    figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 def compile_something() -> None:

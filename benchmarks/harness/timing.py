@@ -8,7 +8,7 @@ ratios closer to 1 than that are noise.
 """
 
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -96,3 +96,13 @@ def as_text(ratio: Mapping[str, float], digits: int = 2) -> str:
 def number(value: float, digits: int = 2) -> str:
     """Returns a ratio as text, a large one without digits that mean nothing."""
     return f"{value:.{digits if abs(value) < 10 else 0}f}"
+
+
+def medians(rows: Iterable[dict[str, Any]], key: str) -> list[float]:
+    """Returns the medians of a ratio in all rows."""
+    return [row[key]["median"] for row in rows]
+
+
+def from_to(values: Sequence[float]) -> str:
+    """Returns the smallest and the largest of the values as text."""
+    return " to ".join(dict.fromkeys([number(min(values)), number(max(values))]))

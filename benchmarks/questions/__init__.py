@@ -1,0 +1,31 @@
+"""What is asked, one file a question. Imports from workloads and harness.
+
+The docstring of a question begins with the question. It has
+
+    FULL, QUICK         two instances of a frozen dataclass: how long it takes
+    measure(settings)   measures, checks that what it measured is right, and returns
+                        what JSON can hold: a dict of lists of rows, a row being a dict
+    tables(result)      makes a list of `report.Table`, an empty one if nothing could
+                        be measured
+    headline(result)    answers the question in one sentence
+    draw(result)        makes a matplotlib `Figure`
+
+and, if it is one of the costs in the main README, `COST`, its title there. A function
+`prepare` is called before TensorFlow starts its devices.
+
+`tables`, `headline` and `draw` see nothing but the JSON file, and nobody else knows
+what is in it. So `python -m benchmarks --tables` writes both READMEs without measuring.
+"""
+
+# In the order in which they are asked.
+QUESTIONS = (
+    "step_throughput",
+    "first_call",
+    "the_switch",
+    "memory",
+    "idle_children",
+    "rivals",
+    "gpu",
+    "does_it_help",
+    "faults",
+)

@@ -1,10 +1,10 @@
 """Does switching make a better model?
 
-    python -m benchmarks.does_it_help            # about 10 minutes on two cores
-    python -m benchmarks.does_it_help --quick    # seconds, but too short to compare
+    python -m benchmarks does_it_help            # about 10 minutes on two cores
+    python -m benchmarks does_it_help --quick    # seconds, but too short to compare
 
 Adam, SGD with momentum, both in a sequence that switches halfway, and both in one that
-`SwitchOnPlateau` switches, on two tasks (see `benchmarks.learning_tasks`). Learning
+`SwitchOnPlateau` switches, on two tasks (workloads/learning_tasks.py). Learning
 rates are tuned for all by the same rule: of one grid, for a sequence of all pairs from
 it, those with the lowest mean loss on the validation data, over seeds that are not used
 for testing. A seed sets the data, the first weights and the order of the batches, for
@@ -13,7 +13,6 @@ all alike, so differences are taken seed by seed.
 
 import functools
 import itertools
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -380,6 +379,23 @@ def verdict(row: dict[str, Any]) -> str:
     return "better" if row["mean"] < 0 else "worse"
 
 
+def headline(result: dict[str, Any]) -> str:
+    """Answers the question in one sentence."""
+    texts = []
+    for task in dict.fromkeys(row["task"] for row in result["differences"]):
+        verdicts = [
+            verdict(row) for row in result["differences"] if row["task"] == task
+        ]
+        texts.append(
+            f"better in {verdicts.count('better')} and worse in "
+            f"{verdicts.count('worse')} of {len(verdicts)} comparisons on {task}"
+        )
+    return (
+        f"Compared with Adam alone and with SGD alone, switching was "
+        f"{', and '.join(texts)}; the others show no difference."
+    )
+
+
 def draw(result: dict[str, Any]) -> Figure:
     """Returns a panel a task, with every run and the mean of each contender."""
     rows = result["contenders"]
@@ -401,7 +417,3 @@ def draw(result: dict[str, Any]) -> Figure:
         axes.grid(axis="x", linewidth=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-if __name__ == "__main__":
-    sys.exit(report.run("does_it_help"))

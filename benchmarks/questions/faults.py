@@ -1,8 +1,8 @@
 """Does a run that was killed end, bit by bit, where it would have ended?
 
-    python -m benchmarks.faults                        # about 3 minutes on two cores
-    python -m benchmarks.faults --quick                # within a minute
-    python -m benchmarks.faults --kills 100 --seed 7
+    python -m benchmarks faults                        # about 3 minutes on two cores
+    python -m benchmarks faults --quick                # within a minute
+    python -m benchmarks faults --set kills=100 seed=7
 
 Training runs are killed by SIGKILL at random moments before, at and after a switch,
 some of them while they save; some checkpoints are damaged as well. Each run is started
@@ -10,29 +10,9 @@ again and finds what the killed one has saved. It has survived if the digest of 
 weights and optimizer variables equals that of a run which nobody killed, when it begins
 again and after every update from there to the end.
 
-What was found out about saving:
-
-* `tf.train.CheckpointManager` writes a checkpoint under other names and lists it when
-  it is whole, so a kill never breaks the newest one. If its files are damaged later,
-  `restore` raises (`tf.errors.OpError`, or `IndexError` for a data file that is too
-  short) and leaves variables that exist as they were; variables that are created
-  later fail then, so build the optimizer before restoring. Nothing looks for an older
-  checkpoint by itself: `fault_worker.resume` does. A damaged list of checkpoints counts
-  as none, with no more than a warning.
-* `keras.callbacks.BackupAndRestore` overwrites its file in place. After a kill in
-  between, `fit` raises `OSError`, and the run is lost, unless a newer Keras was told
-  `double_checkpoint=True`. After a kill between the file with the weights and the one
-  with the epoch, Keras trains that epoch twice without a word: compare
-  `optimizer.iterations` with the epoch, as `fault_worker.Reports` does.
-* With `save_freq` in batches, Keras resumes at the start of an epoch, and if the run
-  was resumed before, even at that of epoch 0. Such a run is compared with one that goes
-  back there as well, without a kill.
+benchmarks/README.md says what was found out about saving.
 """
 
-import argparse
-import dataclasses
-import importlib
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -264,6 +244,16 @@ def row_of(title: str, kills: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     )
 
 
+def headline(result: dict[str, Any]) -> str:
+    """Answers the question in one sentence."""
+    kills = result["kills"]
+    survived = sum(one["survived"] for one in kills)
+    return (
+        f"{survived} of {len(kills)} killed runs ended, bit by bit, where a run that "
+        "nobody killed does."
+    )
+
+
 def draw(result: dict[str, Any]) -> Figure:
     """Returns a picture of where each run was killed, and where it went on."""
     kills = result["kills"]
@@ -279,21 +269,3 @@ def draw(result: dict[str, Any]) -> Figure:
     axes.invert_yaxis()
     axes.set_xlabel("updates (cross: killed, dot: resumed, bars: switches)")
     return figure
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; the report knows all options but those of this question."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--kills", type=int)
-    parser.add_argument("--seed", type=int)
-    own, others = parser.parse_known_args(argv)
-    changes = {key: value for key, value in vars(own).items() if value is not None}
-    # Not this module, if it is run as a command.
-    module = importlib.import_module("benchmarks.questions.faults")
-    module.FULL = dataclasses.replace(module.FULL, **changes)
-    module.QUICK = dataclasses.replace(module.QUICK, **changes)
-    return report.run("faults", others)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """How much longer does the first call take, until a train step is traced and compiled?
 
-    python -m benchmarks.first_call            # about 28 minutes on two cores
-    python -m benchmarks.first_call --quick    # seconds, on tiny models
+    python -m benchmarks first_call            # about 28 minutes on two cores
+    python -m benchmarks first_call --quick    # seconds, on tiny models
 
 Every measurement is of a new model, optimizer and `tf.function`. Tracing is the time of
 `get_concrete_function`; compiling is the time of the first call after it, less that of
@@ -14,7 +14,6 @@ pass and every child's own part together.
 
 import functools
 import gc
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +39,7 @@ from benchmarks.workloads.programs import (
     make_sequence,
 )
 
+COST = "The first call"
 TWO_CHILDREN_GOAL = 1.5
 Name = str | int
 # The programs besides the plain children and the sequences.
@@ -295,6 +295,18 @@ def missed(case: dict[str, Any]) -> list[str]:
     return above
 
 
+def headline(result: dict[str, Any]) -> str:
+    """Answers the question in one sentence."""
+    two = [case for case in result["cases"] if case["children"] == 2]
+    most = max(result["cases"], key=lambda case: case["children"])
+    return (
+        "With two children the first call takes "
+        f"{timing.from_to(timing.medians(two, 'both_over_plain'))} times as long as "
+        f"with the slowest plain child alone, with {most['children']} children "
+        f"{timing.number(most['both_over_plain']['median'])} times."
+    )
+
+
 def draw(result: dict[str, Any]) -> Figure:
     """Returns the picture of the table."""
     figure, axes = new_figure(7.5, 1.5 + 0.45 * len(result["cases"]))
@@ -323,7 +335,3 @@ def label(case: dict[str, Any]) -> str:
     if not model.endswith("variables"):
         model += f" of {case['variables']} variables"
     return f"{model}{setting}{children}"
-
-
-if __name__ == "__main__":
-    sys.exit(report.run("first_call"))

@@ -1,18 +1,17 @@
 """Does the switch cost anything on a GPU?
 
-    python -m benchmarks.gpu            # minutes, if there is a GPU
-    python -m benchmarks.gpu --quick    # seconds, on a tiny model
+    python -m benchmarks gpu            # minutes, if there is a GPU
+    python -m benchmarks gpu --quick    # seconds, on a tiny model
 
 The train step with [Adam, SGD with momentum] in each of its phases, over the one with
 the plain optimizer, as XLA programs that TensorFlow made and the client of JAX runs on
-the GPU (see `benchmarks.device`), and the copies on the device in both.
+the GPU (workloads/device.py), and the copies on the device in both.
 
 Without JAX, or a GPU that it can use, this says so and measures nothing.
 """
 
 import functools
 import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +26,7 @@ from benchmarks.harness.terminal import say
 from benchmarks.workloads.models import Task, make_tasks
 from benchmarks.workloads.programs import Program, make_plain, make_sequence
 
+COST = "A step on a GPU"
 CHILDREN = ("adam", "sgd")
 # Against the weights that TensorFlow computes on the CPU. GPUs multiply matrices with
 # fewer digits by default, which changes the updates by about a hundredth; another rule
@@ -48,19 +48,21 @@ FULL = Settings()
 QUICK = Settings(tiny_models=True, rounds=3, steps=3)
 
 
+def prepare() -> None:
+    """Hides the GPU from TensorFlow, which would take all of its memory."""
+    tf.config.set_visible_devices([], "GPU")
+
+
 def measure(settings: Settings) -> dict[str, Any]:
-    """Returns one row a model and phase, without numbers if there is no GPU."""
+    """Returns one row a model and phase, and none if there is no GPU."""
     device, reason = find_gpu()
     if device is None:
         say(f"not measured: {reason}")
+        return {"device": None, "reason": reason, "cells": []}
     cells = []
     for task in make_tasks(settings.tiny_models):
-        if device is None:
-            cells += empty_cells(task)
-        else:
-            cells += measure_on(device, task, settings)
-    name = None if device is None else device.device_kind
-    return {"device": name, "reason": reason, "cells": cells}
+        cells += measure_on(device, task, settings)
+    return {"device": device.device_kind, "reason": reason, "cells": cells}
 
 
 def find_gpu() -> tuple[Any, str]:
@@ -73,23 +75,6 @@ def find_gpu() -> tuple[Any, str]:
         return jax.devices("gpu")[0], ""
     except RuntimeError:
         return None, "jax finds no GPU"
-
-
-def empty_cells(task: Task) -> list[dict[str, Any]]:
-    """Returns the rows of a model that was not measured."""
-    return [
-        {
-            "model": task.name,
-            "phase": phase,
-            "child": child,
-            "sequence_over_plain": None,
-            "plain_over_itself": None,
-            "copies": None,
-            "plain_copies": None,
-            "difference_from_cpu": None,
-        }
-        for phase, child in enumerate(CHILDREN)
-    ]
 
 
 def measure_on(device: Any, task: Task, settings: Settings) -> list[dict[str, Any]]:
@@ -186,12 +171,15 @@ def copies_in_phase(step: Any, child: str | None) -> dict[str, int]:
 
 
 def tables(result: dict[str, Any]) -> list[report.Table]:
-    """Returns the table of all cells; what was not measured is empty."""
+    """Returns the table of all cells, or none if there was no GPU."""
+    if result["device"] is None:
+        return []
     rows = [
         (
             cell["model"],
             f"{cell['phase']}, {cell['child']}",
-            *ratios(cell),
+            timing.as_text(cell["sequence_over_plain"], 3),
+            timing.as_text(cell["plain_over_itself"], 3),
             *(copies_as_text(cell[key]) for key in ("copies", "plain_copies")),
         )
         for cell in result["cells"]
@@ -202,27 +190,28 @@ def tables(result: dict[str, Any]) -> list[report.Table]:
     ]
 
 
-def ratios(cell: dict[str, Any]) -> list[str]:
-    """Returns the ratios of a cell as text, empty if there are none."""
-    found = [cell[key] for key in ("sequence_over_plain", "plain_over_itself")]
-    return ["" if ratio is None else timing.as_text(ratio, 3) for ratio in found]
-
-
-def copies_as_text(copies: dict[str, int] | None) -> str:
+def copies_as_text(copies: dict[str, int]) -> str:
     """Returns number and size of copies as text."""
-    if copies is None:
-        return ""
     return f"{copies['number']} ({copies['bytes'] / 1e6:.1f} MB)"
 
 
 def caption(result: dict[str, Any]) -> str:
     """Returns what the table says."""
-    if result["device"] is None:
-        return f"Not measured: {result['reason']}."
     return (
         f"Step on one {result['device']}: median (quartiles) of "
         f"{result['settings']['rounds']} rounds. Copies on the device in one step, of "
         "variables and of results."
+    )
+
+
+def headline(result: dict[str, Any]) -> str:
+    """Answers the question in one sentence."""
+    if result["device"] is None:
+        return "Not measured yet: no GPU was at hand."
+    ratios = timing.medians(result["cells"], "sequence_over_plain")
+    return (
+        f"On one {result['device']} a step takes {timing.from_to(ratios)} times as "
+        "long as a plain one."
     )
 
 
@@ -246,9 +235,3 @@ def draw(result: dict[str, Any]) -> Figure:
     draw_ratios(axes, rows)
     axes.set_xlabel("time of a step over that of the plain optimizer")
     return figure
-
-
-if __name__ == "__main__":
-    # TensorFlow would take all of the GPU's memory, and is not the one to run there.
-    tf.config.set_visible_devices([], "GPU")
-    sys.exit(report.run("gpu"))

@@ -1,7 +1,7 @@
 """What do the children cost that are not at work?
 
-    python -m benchmarks.idle_children            # about 8 minutes on two cores
-    python -m benchmarks.idle_children --quick    # seconds, on small models
+    python -m benchmarks idle_children            # about 8 minutes on two cores
+    python -m benchmarks idle_children --quick    # seconds, on small models
 
 Time: sequences of 1 to 8 equal Adams on models with 20 to 400 variables, in their first
 and in their last phase, over a plain Adam. Equal, so that nothing but the number of
@@ -9,12 +9,12 @@ idle children differs. Each of them adds its variables to what a step is given; 
 growth with their number follows the time per idle variable.
 
 Copies: whether XLA hands the variables of the idle children on without touching them.
-See `benchmarks.hlo` for what is counted, and `IDEAS` for what was tried against it.
+harness/hlo.py says what is counted, and benchmarks/README.md what was tried against
+it.
 """
 
 import functools
 import gc
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,55 +40,8 @@ from sequential_optimizer import SequentialOptimizer
 # Updates in each phase: more than are ever made, so that a program is set into its
 # first or last phase by setting `iterations`, again and again, without a restart.
 LONG = 10**6
+COST = "Idle children"
 PHASES = ("first", "last")
-
-# Idea, prediction, outcome. Tried by hand, on 20 variables for the copies and on an MLP
-# with 5.5 million weights for the time, 12 rounds on a busy machine.
-IDEAS = (
-    (
-        "A branch order with the smallest optimizer variables first",
-        "To XLA branch i runs before branch j > i, so j copies what i updates in place."
-        " The last branch should hand on the smallest variables: half of the bytes for "
-        "[Adam, SGD], none saved for equal children.",
-        "As predicted: 2.00 times the weights with Adam first, 1.00 with SGD first; "
-        "four children (Nadam, Adam, RMSprop, SGD) 36% fewer bytes in all. No "
-        "difference in time on a CPU above the noise.",
-    ),
-    (
-        "A conditional for each child: run it, or do nothing",
-        "No branch hands on what another one updates, so no copies. But as many "
-        "conditionals as children, and on a GPU the host waits for each.",
-        "As predicted: two conditionals for two children; a count and a bias are "
-        "copied, 48 bytes. The time on a CPU is that of one conditional, within the "
-        "noise. Not taken: the step is to hold one conditional.",
-    ),
-    (
-        "Variables read before the switch, and written behind it",
-        "The branches then get and return values. XLA makes the same of resource "
-        "variables anyway, so nothing changes.",
-        "As predicted: the same copies, and the same time within the noise. Not tried "
-        "in graph mode. Not taken.",
-    ),
-    (
-        "An optimization barrier on what is handed on",
-        "XLA no longer sees that the value is unchanged, and may keep it in place.",
-        "Wrong: the same copies in the branch, and 1.5 to 2 times as many bytes on top "
-        "of that outside of the switch. Not taken.",
-    ),
-    (
-        "What is handed on rewritten by an update in place of one of its elements",
-        "A dynamic-update-slice happens in place, so the variable need not be copied.",
-        "Wrong: XLA copies first and updates the copy; the same bytes. Not taken.",
-    ),
-    (
-        "In graph mode, a Case that TensorFlow does not lower to Switch and Merge",
-        "Lowered, each variable passes a Switch of its own; whole, the Case takes them "
-        "all as arguments, so an idle one should cost less on the host.",
-        "As predicted: on 100 tiny variables, over plain Adam, 8 Adams 2.4 instead of "
-        "3.5 and two 1.29 instead of 1.44 (60 rounds). Not taken: the whole Case runs "
-        "on one device, and TensorFlow refuses it where the variables are on two.",
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -289,7 +242,7 @@ def count_copies(task: Task, optimizer: SequentialOptimizer) -> list[dict[str, A
         CheckError: if the program does not have one conditional with a branch a child.
     """
     program = Program(task, optimizer)
-    compiled = hlo.Program(optimized_hlo(program.function("xla"), task))
+    compiled = hlo.Module(optimized_hlo(program.function("xla"), task))
     names = [child.name for child in optimizer.children]
     conditionals = compiled.conditionals()
     if len(conditionals) != 1:
@@ -332,18 +285,12 @@ def optimized_hlo(function: Any, task: Task) -> str:
 
 
 def tables(result: dict[str, Any]) -> list[report.Table]:
-    """Returns the tables of times, slopes, copies and ideas."""
-    found = [
+    """Returns the tables of times, slopes and copies."""
+    return [
         table_of_times(result["cells"]),
         table_of_slopes(result["slopes"]),
         table_of_copies(result["copies"]),
     ]
-    if IDEAS:
-        caption = "What was tried to bring this down, in the order of trying."
-        found.append(
-            report.Table(caption, ("idea", "prediction", "outcome"), list(IDEAS))
-        )
-    return found
 
 
 def table_of_times(cells: list[dict[str, Any]]) -> report.Table:
@@ -421,7 +368,8 @@ def table_of_copies(copies: list[dict[str, Any]]) -> report.Table:
         "them on unchanged, in the program that XLA optimized."
     )
     header = ("children", "active", "branch", "copies", "bytes", "bytes over weights'")
-    return report.Table(caption, header, rows)
+    folded = "What XLA copies of the variables of idle children"
+    return report.Table(caption, header, rows, folded)
 
 
 def order_as_text(names: list[str]) -> str:
@@ -429,6 +377,26 @@ def order_as_text(names: list[str]) -> str:
     if len(names) <= 3:
         return ", ".join(names)
     return f"{names[0]} to {names[-1]}"
+
+
+def headline(result: dict[str, Any]) -> str:
+    """Answers the question in one sentence."""
+    cells = result["cells"]
+    most = max(cell["children"] for cell in cells)
+    count = max(cell["variables"] for cell in cells if cell["children"] == most)
+    ratios: dict[int, list[float]] = {}
+    for cell in cells:
+        if cell["variables"] == count and cell["children"] > 1:
+            median = cell["sequence_over_plain"]["median"]
+            ratios.setdefault(cell["children"], []).append(median)
+    texts = [
+        f"{timing.from_to(medians)} times with {children} Adams"
+        for children, medians in ratios.items()
+    ]
+    return (
+        f"On a model of {count} tiny variables a step takes {' and '.join(texts)} as "
+        "long as with one Adam."
+    )
 
 
 def draw(result: dict[str, Any]) -> Figure:
@@ -481,7 +449,3 @@ def draw_line(
         color=color,
         label=label,
     )
-
-
-if __name__ == "__main__":
-    sys.exit(report.run("idle_children"))

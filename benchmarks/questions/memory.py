@@ -1,7 +1,7 @@
 """How much memory does a sequence take, by the number of its children?
 
-    python -m benchmarks.memory            # about 8 minutes on two cores
-    python -m benchmarks.memory --quick    # seconds, on a tiny model
+    python -m benchmarks memory            # about 8 minutes on two cores
+    python -m benchmarks memory --quick    # seconds, on a tiny model
 
 The bytes of the optimizer variables over the sum of the children's, which is exact,
 and the peak of a process that trains an MLP of 30 million weights (peak_memory.py).
@@ -11,7 +11,6 @@ compared with that.
 """
 
 import functools
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +29,7 @@ from benchmarks.workloads.programs import (
     make_sequence,
 )
 
+COST = "Memory"
 ADAM, COPY = "adam", "copy"
 
 
@@ -200,6 +200,17 @@ def caption(result: dict[str, Any]) -> str:
     )
 
 
+def headline(result: dict[str, Any]) -> str:
+    """Answers the question in one sentence."""
+    two = [row for row in result["sequences"] if row["children"] == 2]
+    return (
+        "`[Adam, SGD with momentum]` has "
+        f"{two[0]['optimizer_over_adam']:.2f} times Adam's optimizer variables, and "
+        f"its process needs {timing.from_to(timing.medians(two, 'peak_over_adam'))} "
+        "times the memory at its peak."
+    )
+
+
 def draw(result: dict[str, Any]) -> Figure:
     """Returns the picture of the table."""
     figure, axes = new_figure(7, 1.5 + 0.4 * len(result["sequences"]))
@@ -218,7 +229,3 @@ def draw(result: dict[str, Any]) -> Figure:
     draw_ratios(axes, rows)
     axes.set_xlabel("memory of the process over that with plain Adam")
     return figure
-
-
-if __name__ == "__main__":
-    sys.exit(report.run("memory"))

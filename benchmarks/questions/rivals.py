@@ -1,7 +1,7 @@
 """What does switching cost in other frameworks, each against its own plain optimizers?
 
-    python -m benchmarks.rivals            # about 5 minutes on two cores
-    python -m benchmarks.rivals --quick    # seconds, on a small model
+    python -m benchmarks rivals            # about 5 minutes on two cores
+    python -m benchmarks rivals --quick    # seconds, on a small model
 
 The same dense layers, first weights, batch and settings everywhere: some updates with
 Adam, then some with SGD with momentum. The time of a step is divided by that of the
@@ -15,7 +15,6 @@ A rival that is not installed is left out (`pip install -e '.[bench]'` has them 
 import functools
 import importlib
 import importlib.util
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +28,7 @@ from benchmarks.harness.terminal import say
 from benchmarks.workloads.models import mlp
 from benchmarks.workloads.rival import COPIES, PLAIN, NotAvailableError, Trainers, Work
 
+COST = "Switching elsewhere"
 OURS = "SequentialOptimizer"
 # Each framework adds up in an order of its own, and has an `exp` and a division of its
 # own. What that does to the change of a variable grows with the updates, and Adam
@@ -263,7 +263,22 @@ def table_of_checks(result: dict[str, Any]) -> report.Table:
         f"{TOLERANCE:g}."
     )
     header = ("framework", "program", "difference from ours")
-    return report.Table(caption, header, rows)
+    folded = "How far the weights are from ours"
+    return report.Table(caption, header, rows, folded)
+
+
+def headline(result: dict[str, Any]) -> str:
+    """Answers the question in one sentence."""
+    cells = result["cells"]
+    ours = [cell for cell in cells if cell["program"] == OURS]
+    others = [cell for cell in cells if cell["program"] != OURS]
+    adam, sgd = map(timing.number, timing.medians(ours, "switching_over_plain"))
+    return (
+        f"A step with {OURS} takes {adam} (Adam) and {sgd} (SGD) times as long as a "
+        "plain one, and with the other ways to switch, each over a plain step in its "
+        "framework, "
+        f"{timing.from_to(timing.medians(others, 'switching_over_plain'))} times."
+    )
 
 
 def draw(result: dict[str, Any]) -> Figure:
@@ -282,7 +297,3 @@ def draw(result: dict[str, Any]) -> Figure:
     draw_ratios(axes, rows)
     axes.set_xlabel("time of a step over that of the plain optimizer in that framework")
     return figure
-
-
-if __name__ == "__main__":
-    sys.exit(report.run("rivals"))

@@ -1,7 +1,7 @@
 """Does a train step with a sequence take longer than one with the plain optimizer?
 
-    python -m benchmarks.step_throughput            # about 14 minutes on two cores
-    python -m benchmarks.step_throughput --quick    # seconds, on tiny models
+    python -m benchmarks step_throughput            # about 14 minutes on two cores
+    python -m benchmarks step_throughput --quick    # seconds, on tiny models
 
 The step of [Adam, SGD with momentum] in each of its phases, over the step of the plain
 optimizer of that phase, on three models, compiled by XLA and in graph mode. Goal: the
@@ -10,7 +10,6 @@ median of all cells at most 1.02, and no cell above 1.05.
 
 import functools
 import gc
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +27,7 @@ from benchmarks.workloads.programs import (
     make_sequence,
 )
 
+COST = "A step"
 CHILDREN = ("adam", "sgd")
 TYPICAL_GOAL = 1.02
 WORST_GOAL = 1.05
@@ -143,6 +143,17 @@ def verdict(value: float, goal: float) -> str:
     return "met" if value <= goal else "missed"
 
 
+def headline(result: dict[str, Any]) -> str:
+    """Answers the question in one sentence."""
+    ratios = timing.medians(result["cells"], "sequence_over_plain")
+    noise = timing.medians(result["cells"], "plain_over_itself")
+    return (
+        f"A step takes {timing.number(float(np.median(ratios)))} times as long as a "
+        f"plain one: the median of {len(ratios)} cells, from {timing.from_to(ratios)} "
+        f"(a plain step over itself: {timing.from_to(noise)})."
+    )
+
+
 def draw(result: dict[str, Any]) -> Figure:
     """Returns the picture of the table."""
     figure, axes = new_figure(7, 5)
@@ -159,7 +170,3 @@ def draw(result: dict[str, Any]) -> Figure:
     draw_ratios(axes, rows, {f"goal {WORST_GOAL}": WORST_GOAL})
     axes.set_xlabel("time of a step over that of the plain optimizer")
     return figure
-
-
-if __name__ == "__main__":
-    sys.exit(report.run("step_throughput"))

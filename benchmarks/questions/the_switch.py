@@ -1,7 +1,7 @@
 """Is the step slower in which the optimizer changes, and is anything traced again?
 
-    python -m benchmarks.the_switch            # about 11 minutes on two cores
-    python -m benchmarks.the_switch --quick    # seconds, on a tiny model
+    python -m benchmarks the_switch            # about 11 minutes on two cores
+    python -m benchmarks the_switch --quick    # seconds, on a tiny model
 
 The time of each of the five steps before and the five after the switch from Adam to
 SGD, over the median step of the same optimizer in the same run, for the sequence and
@@ -11,7 +11,6 @@ their own (compilations.py). Goal: no step above 1.5, no trace, no compilation.
 
 import functools
 import gc
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +37,7 @@ from benchmarks.workloads.ways import (
     make_ways,
 )
 
+COST = "The first step after the switch"
 GOAL = 1.5
 CONTROL = "plain adam"
 
@@ -208,6 +208,28 @@ def caption(result: dict[str, Any]) -> str:
     )
 
 
+def headline(result: dict[str, Any]) -> str:
+    """Answers the question in one sentence."""
+
+    def first_step(way: str) -> str:
+        rows = [row for row in result["ways"] if row["way"] == way]
+        return " and ".join(
+            timing.number(row["steps"][AROUND]["median"]) for row in rows
+        )
+
+    ours = [row for row in result["ways"] if row["way"] == "sequence"]
+    traces, compiles = (
+        sum(row[f"{what}_at_switch"] for row in ours) for what in ("traces", "compiles")
+    )
+    models = " and ".join(row["model"] for row in ours)
+    return (
+        f"The first step after the switch takes {first_step('sequence')} times as long "
+        f"as the median step ({models}), with {traces} traces and {compiles} compiles; "
+        f"with two `tf.function`s {first_step('two functions')} times, with "
+        f"`Model.compile` again {first_step('Model.compile again')} times."
+    )
+
+
 def draw(result: dict[str, Any]) -> Figure:
     """Returns the picture: the steps around the switch, a panel a model."""
     panels = result["without_switch"]
@@ -255,7 +277,3 @@ def draw_steps(axes: Any, lines: Mapping[str, list[dict[str, float]]]) -> None:
     axes.set_xticks(places)
     axes.set_xlabel("update, counted from the switch")
     axes.spines[["top", "right"]].set_visible(False)
-
-
-if __name__ == "__main__":
-    sys.exit(report.run("the_switch"))

@@ -1,0 +1,1 @@
+"""What is measured: models, tasks, train steps. Imports from harness only."""

@@ -93,9 +93,9 @@ class StepOnDevice:
             np.asarray(by_variable[id(v.value)]) for v in self._program.model.weights
         ]
 
-    def optimized(self) -> hlo.Program:
+    def optimized(self) -> hlo.Module:
         """Returns the program that the device runs."""
-        return hlo.Program(self._executable.hlo_modules()[0].to_string())
+        return hlo.Module(self._executable.hlo_modules()[0].to_string())
 
 
 def variables_of(function: Any) -> list[tf.Variable]:

@@ -13,8 +13,8 @@ import numpy as np
 import tensorflow as tf
 
 from benchmarks.harness.processes import (
-    Program,
-    ProgramError,
+    Process,
+    ProcessError,
     cluster_environments,
     running,
 )
@@ -130,14 +130,14 @@ class Kind:
             return fault_worker.train_in_cluster
         return fault_worker.train_alone
 
-    def start(self, folder: Path) -> list[Program]:
+    def start(self, folder: Path) -> list[Process]:
         """Starts the processes of a run, which go on from what is in the folder."""
         environments: list[dict[str, str]] = [{}]
         if self.processes > 1:
             environments = list(cluster_environments(worker=self.processes).values())
         lives = len(list(folder.glob("*.log")))
         return [
-            Program(
+            Process(
                 self.function,
                 (self.workload, str(folder / "saved"), worker),
                 folder / f"{lives}-{worker}.log",
@@ -168,28 +168,28 @@ KINDS = {
 }
 
 
-def live(programs: list[Program], moment: Moment | None = None) -> list[Life]:
+def live(processes: list[Process], moment: Moment | None = None) -> list[Life]:
     """Follows a run until it is killed, or ends; returns a life a process.
 
     Raises:
-        ProgramError: if it fails before.
+        ProcessError: if it fails before.
     """
-    lives = [Life() for _ in programs]
+    lives = [Life() for _ in processes]
     victim = moment.victim if moment else 0
-    with running(programs):
-        for event, number, text in programs[victim].reports():
+    with running(processes):
+        for event, number, text in processes[victim].reports():
             lives[victim].note(event, number, text)
             if moment and event == moment.event and number >= moment.number:
                 time.sleep(moment.delay)
-                lives[victim].is_killed = programs[victim].kill()
+                lives[victim].is_killed = processes[victim].kill()
                 moment = None
         if not lives[victim].is_killed:
-            for program in programs:
-                program.check()
-        for program in programs:
-            program.wait(PATIENCE)
-    for program, life in zip(programs, lives, strict=True):
-        for report in program.reports():
+            for process in processes:
+                process.check()
+        for process in processes:
+            process.wait(PATIENCE)
+    for process, life in zip(processes, lives, strict=True):
+        for report in process.reports():
             life.note(*report)
     # The victim first: it is the one that was killed.
     return [lives[victim], *lives[:victim], *lives[victim + 1 :]]
@@ -202,7 +202,7 @@ def live_again(kind: Kind, folder: Path, moment: Moment | None) -> list[Life]:
     """
     try:
         return live(kind.start(folder), moment)
-    except ProgramError as error:
+    except ProcessError as error:
         refusals = [line for line in str(error).splitlines() if is_refusal(line)]
         if not refusals:
             raise
@@ -223,7 +223,7 @@ def reference(kind: Kind, folder: Path) -> Life:
     first, *others = live(kind.start(folder))
     for other in others:
         if other.digests != first.digests:
-            raise ProgramError(f"{kind.title}: the workers do not agree")
+            raise ProcessError(f"{kind.title}: the workers do not agree")
     return first
 
 
@@ -236,12 +236,12 @@ def reference_going_back(kind: Kind, lives: list[Life], folder: Path) -> Life:
         else:
             # Two lives may have gone on from the same backup.
             returns[life.restored] = life.epoch
-    program = Program(
+    process = Process(
         fault_worker.fit_going_back,
         (kind.workload, list(returns.items())),
         folder / f"going_back{len(lives)}.log",
     )
-    return live([program])[0]
+    return live([process])[0]
 
 
 # --- damages -----------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The training runs that benchmarks.faults kills, as a user would write them.
+"""The training runs that the question `faults` kills, as a user would write them.
 
 Each saves on the way, and goes on from what it finds when it is started again. What it
 does it reports: `report(event, number, text)`, where the number is that of the updates

@@ -1,24 +1,21 @@
 """Measures the memory of one training program, in a process of its own.
 
-    python -m benchmarks.peak_memory adam xla 0    # or the number of children
+    python -m benchmarks.workloads.peak_memory adam xla 0    # or the number of children
 
 Prints JSON: the bytes of the model, of the optimizer and of each of its children, and
 the peak of the process while it makes steps in each phase.
 """
 
-import contextlib
 import json
-import resource
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.processes import forget_peak, peak_memory
 from benchmarks.workloads.models import Task, mlp
 from benchmarks.workloads.programs import Program, make_plain, make_sequence
 
 STEPS = 3
-_STATUS = Path("/proc/self/status")
 
 
 def measure_in_process(optimizer: str, mode: str, tiny: bool) -> dict[str, Any]:
@@ -45,34 +42,6 @@ def make_task(tiny: bool) -> Task:
     return mlp(width=64, hidden=1) if tiny else mlp()
 
 
-def peak() -> int:
-    """Returns the largest number of bytes that the process has had in memory.
-
-    On Linux not what `getrusage` says, which in a process that was started by a larger
-    one is at least the size of that.
-    """
-    found = in_status("VmHWM")
-    if found is not None:
-        return found
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024
-
-
-def in_status(name: str) -> int | None:
-    """Returns a size that Linux tells of this process, in bytes; `None` elsewhere."""
-    with contextlib.suppress(OSError):
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
-def forget_peak() -> None:
-    """Lets `peak` start again from what is in memory now, where that can be done."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 def bytes_of(variables: list[Any]) -> int:
     """Returns the size of the variables."""
     return sum(
@@ -93,7 +62,7 @@ def main(optimizer: str, mode: str, tiny: str) -> None:
         forget_peak()
         for _ in range(STEPS):
             program.step(mode)
-        peaks.append(peak())
+        peaks.append(peak_memory())
         if phase < phases - 1:
             program.advance()
     children = [made] if plain else made.children

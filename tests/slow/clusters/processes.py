@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.harness.processes import (
-    Program,
+    Process,
     check_all,
     cluster_environments,
     running,
@@ -19,7 +19,7 @@ def run_workers(function: Callable, folder: Path, count: int) -> list[dict]:
     environments = cluster_environments(worker=count).values()
     check_all(
         [
-            Program(function, (index, str(file)), file.with_suffix(".log"), env)
+            Process(function, (index, str(file)), file.with_suffix(".log"), env)
             for index, (file, env) in enumerate(zip(files, environments, strict=True))
         ]
     )
@@ -31,8 +31,8 @@ def run_coordinator(
 ) -> dict:
     """Runs a coordinator with its servers; returns the arrays that it left behind."""
     file = folder / "chief.npz"
-    programs = {
-        (job, index): Program(
+    processes = {
+        (job, index): Process(
             function if job == "chief" else serve,
             (str(file),) if job == "chief" else (),
             folder / f"{job}{index}.log",
@@ -41,8 +41,8 @@ def run_coordinator(
         for (job, index), env in cluster_environments(chief=1, **counts).items()
     }
     # The servers serve until they are killed.
-    with running(list(programs.values())):
-        check_all([programs["chief", 0]])
+    with running(list(processes.values())):
+        check_all([processes["chief", 0]])
     return read(file)
 
 

@@ -1,4 +1,4 @@
-"""benchmarks.does_it_help: fair to all contenders, and honest about what it finds."""
+"""The question `does_it_help`: fair to all contenders, honest about its finds."""
 
 import dataclasses
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks.__main__ import main
 from benchmarks.harness import report
 from benchmarks.harness.checks import CheckError
 from benchmarks.questions import does_it_help
@@ -165,8 +166,8 @@ def test_quick_run_tunes_and_tests_on_different_seeds(monkeypatch, tmp_path, cap
     monkeypatch.setattr(does_it_help, "teacher_task", small_task)
     other = dataclasses.replace(small_task(), name="other")
     monkeypatch.setattr(does_it_help, "digits_task", lambda epochs: other)
-    assert report.run("does_it_help", ["--quick", "--results", str(tmp_path)]) == 0
-    result = report.read("does_it_help", tmp_path)
+    assert main(["does_it_help", "--quick", "--results", str(tmp_path)]) == 0
+    result = report.read(does_it_help, tmp_path)
     assert len(result["contenders"]) == 2 * len(does_it_help.CONTENDERS)
     assert len(result["differences"]) == 2 * 4
     for row in result["contenders"]:

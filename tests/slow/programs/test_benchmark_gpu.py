@@ -1,10 +1,11 @@
-"""benchmarks.gpu: empty without a GPU; with one, TensorFlow's numbers by JAX."""
+"""The question `gpu`: empty without a GPU; with one, TensorFlow's numbers by JAX."""
 
 import importlib.util
 
 import numpy as np
 import pytest
 
+from benchmarks.__main__ import main
 from benchmarks.harness import report
 from benchmarks.harness.checks import CheckError
 from benchmarks.questions import gpu
@@ -32,7 +33,7 @@ def make_step(program, cpu):
 
 
 @pytest.mark.parametrize("missing", ["jax", "GPU"])
-def test_without_a_gpu_the_column_is_empty(missing, monkeypatch, tmp_path, capsys):
+def test_without_a_gpu_one_line_says_so(missing, monkeypatch, tmp_path, capsys):
     if missing == "jax":
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         reason = "jax is not installed"
@@ -41,14 +42,14 @@ def test_without_a_gpu_the_column_is_empty(missing, monkeypatch, tmp_path, capsy
         if any(device.platform == "gpu" for device in jax.devices()):
             pytest.skip("there is a GPU")
         reason = "jax finds no GPU"
-    assert report.run("gpu", ["--quick", "--results", str(tmp_path)]) == 0
-    result = report.read("gpu", tmp_path)
+    assert main(["gpu", "--quick", "--results", str(tmp_path)]) == 0
+    result = report.read(gpu, tmp_path)
     assert result["device"] is None
     assert result["reason"] == reason
-    assert {cell["sequence_over_plain"] for cell in result["cells"]} == {None}
+    assert gpu.tables(result) == []
     shown = capsys.readouterr().out
     assert f"not measured: {reason}" in shown
-    assert f"Not measured: {reason}." in shown
+    assert "Not measured yet: no GPU was at hand." in shown
 
 
 @pytest.mark.parametrize("phase", [0, 1])

@@ -1,4 +1,4 @@
-"""benchmarks.rivals: every rival makes our updates, and a missing one is left out."""
+"""The question `rivals`: each rival makes our updates, a missing one is left out."""
 
 import dataclasses
 import importlib.util
@@ -6,6 +6,7 @@ import importlib.util
 import numpy as np
 import pytest
 
+from benchmarks.__main__ import main
 from benchmarks.harness import report
 from benchmarks.harness.checks import CheckError
 from benchmarks.questions import rivals
@@ -65,8 +66,8 @@ def test_missing_rival_is_left_out_with_a_line_that_says_so(
 ):
     monkeypatch.setattr(rivals, "QUICK", TINY)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert report.run("rivals", ["--quick", "--results", str(tmp_path)]) == 0
-    result = report.read("rivals", tmp_path)
+    assert main(["rivals", "--quick", "--results", str(tmp_path)]) == 0
+    result = report.read(rivals, tmp_path)
     assert {cell["framework"] for cell in result["cells"]} == {"TensorFlow"}
     assert result["left_out"] == [
         {"framework": "JAX, optax", "reason": "jax and optax not installed"},

@@ -10,12 +10,17 @@ import keras
 import numpy as np
 import pytest
 
-from benchmarks import QUESTIONS
-from benchmarks import __main__ as everything
-from benchmarks.harness import headline, readme, report, terminal, timing
+from benchmarks.__main__ import main, measured, question
+from benchmarks.harness import readme, report, terminal, timing
 from benchmarks.harness.checks import CheckError, check_same, difference
 from benchmarks.harness.environment import environment
-from benchmarks.questions import first_call, memory, step_throughput, the_switch
+from benchmarks.questions import (
+    QUESTIONS,
+    first_call,
+    memory,
+    step_throughput,
+    the_switch,
+)
 from benchmarks.workloads import models, peak_memory, programs, ways
 from sequential_optimizer import SequentialOptimizer
 
@@ -35,7 +40,7 @@ def small_task():
 
 def files_of_the_repository():
     """Returns what a full run would write, with the time of its last change."""
-    paths = [readme.README, *report.RESULTS.iterdir()]
+    paths = [readme.README, readme.MAIN_README, *report.RESULTS.iterdir()]
     return {path: path.stat().st_mtime_ns for path in paths}
 
 
@@ -53,12 +58,12 @@ def quick_runs(tmp_path_factory):
         once = functools.cache(peak_memory.measure_in_process)
         patch.setattr(memory, "measure_in_process", once)
         for name in NAMES:
-            module = report.question(name)
+            module = question(name)
             quick = dataclasses.replace(module.QUICK, **TINY[name])
             patch.setattr(module, "QUICK", quick)
             folder = tmp_path_factory.mktemp(name)
             patch.setattr(tempfile, "tempdir", str(folder))
-            code = report.run(name, ["--quick"])
+            code = main([name, "--quick"])
             runs[name] = code, next(folder.glob("benchmarks-*"))
     return runs, before, files_of_the_repository()
 
@@ -67,7 +72,8 @@ def quick_runs(tmp_path_factory):
 def results(quick_runs):
     """The JSON file of each question."""
     return {
-        name: report.read(name, folder) for name, (_, folder) in quick_runs[0].items()
+        name: report.read(question(name), folder)
+        for name, (_, folder) in quick_runs[0].items()
     }
 
 
@@ -123,7 +129,7 @@ def test_ratios_are_medians_between_their_quartiles(results, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tables_have_a_cell_for_every_column(results, name):
-    for table in report.question(name).tables(results[name]):
+    for table in question(name).tables(results[name]):
         assert table.rows
         assert {len(row) for row in table.rows} == {len(table.header)}
         assert table.as_markdown().count("\n| ") == len(table.rows) + 1
@@ -131,14 +137,14 @@ def test_tables_have_a_cell_for_every_column(results, name):
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
-def test_question_is_what_report_needs(name):
-    module = report.question(name)
+def test_question_has_all_that_is_needed(name):
+    module = question(name)
     assert module.__doc__.partition("\n")[0].endswith("?")
     assert type(module.FULL) is type(module.QUICK)
     assert module.FULL != module.QUICK
-    for function in ("measure", "tables", "draw"):
+    for function in ("measure", "tables", "headline", "draw"):
         assert callable(getattr(module, function))
-    assert f"python -m benchmarks.{name} --quick" in module.__doc__
+    assert f"python -m benchmarks {name} --quick" in module.__doc__
 
 
 # --- what each measures ------------------------------------------------------
@@ -264,7 +270,7 @@ def test_command_fails_and_writes_nothing_if_a_check_fails(
         raise CheckError("wrong")
 
     monkeypatch.setattr(memory, "measure", fail)
-    assert report.run("memory", ["--quick", "--results", str(tmp_path)]) == 1
+    assert main(["memory", "--quick", "--results", str(tmp_path)]) == 1
     assert capsys.readouterr().err.endswith("FAILED: wrong\n")
     assert list(tmp_path.iterdir()) == []
 
@@ -392,17 +398,35 @@ def test_all_runs_each_question_in_a_process_of_its_own(monkeypatch, capsys):
 
     def run(command):
         commands.append(command[2:])
-        return subprocess.CompletedProcess(command, int("memory" in command[2]))
+        return subprocess.CompletedProcess(command, int("memory" in command))
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert everything.main(["--quick"]) == 1
-    assert commands == [
-        [f"benchmarks.questions.{name}", "--quick"] for name in QUESTIONS
-    ]
+    assert main(["--quick"]) == 1
+    assert commands == [["benchmarks", name, "--quick"] for name in QUESTIONS]
     assert "FAILED: memory" in capsys.readouterr().out
     commands.clear()
-    assert everything.main(["--only", "the_switch", "--results", "there"]) == 0
-    assert commands == [["benchmarks.questions.the_switch", "--results", "there"]]
+    options = ["--results", "there", "--set", "rounds=2"]
+    assert main(["the_switch", "gpu", *options]) == 0
+    assert [command[:2] for command in commands] == [
+        ["benchmarks", "the_switch"],
+        ["benchmarks", "gpu"],
+    ]
+    assert all(sorted(command[2:]) == sorted(options) for command in commands)
+
+
+def test_unknown_question_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["the_swich"])
+    assert "no question: the_swich" in capsys.readouterr().err
+
+
+def test_settings_of_a_question_can_be_changed(monkeypatch, tmp_path):
+    found = []
+    monkeypatch.setattr(report, "ask", lambda *arguments: found.append(arguments))
+    options = ["--results", str(tmp_path), "--set", "kills=100", "seed=7"]
+    assert main(["faults", *options]) == 0
+    ((_, settings, quick, results),) = found
+    assert (settings.kills, settings.seed, quick, results) == (100, 7, False, tmp_path)
 
 
 def test_progress_stays_out_of_files(capsys):
@@ -439,9 +463,10 @@ def test_readme_says_what_was_measured(name):
     if not (report.RESULTS / f"{name}.json").exists():
         pytest.skip("not measured yet")
     text = readme.README.read_text()
-    assert readme.with_part(text, name, readme.part(name)) == text
+    part = readme.part(question(name), report.RESULTS)
+    assert readme.with_part(text, name, part) == text
     assert (report.RESULTS / f"{name}.png").exists()
-    assert report.read(name)["environment"]["quick"] is False
+    assert report.read(question(name), report.RESULTS)["environment"]["quick"] is False
 
 
 def test_full_run_writes_its_part_of_the_readme(
@@ -451,23 +476,21 @@ def test_full_run_writes_its_part_of_the_readme(
     (tmp_path / "README.md").write_text(text)
     monkeypatch.setattr(readme, "README", tmp_path / "README.md")
     (tmp_path / "main.md").write_text("<!-- begin headline -->\n<!-- end headline -->")
-    monkeypatch.setattr(headline, "README", tmp_path / "main.md")
+    monkeypatch.setattr(readme, "MAIN_README", tmp_path / "main.md")
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    measured = {key: results["memory"][key] for key in ("sequences", "plain")}
-    monkeypatch.setattr(memory, "measure", lambda settings: measured)
-    for function in (readme.part, headline.table):
-        monkeypatch.setattr(function, "__defaults__", (tmp_path,))
-    monkeypatch.setattr(report.read, "__defaults__", (tmp_path,))
-    assert report.run("memory", []) == 0
+    rows = {key: results["memory"][key] for key in ("sequences", "plain")}
+    monkeypatch.setattr(memory, "measure", lambda settings: rows)
+    assert main(["memory"]) == 0
     written = (tmp_path / "README.md").read_text()
     assert "old" not in written
     assert "| children |" in written
-    assert "![memory](results/memory.png)" in written
+    assert "](results/memory.png)" in written
     assert f"Keras {keras.__version__}" in written
     assert written.startswith("# Before\n<!-- begin memory -->\n")
     assert written.endswith("<!-- end memory -->\nafter\n")
     assert (tmp_path / "memory.json").exists()
-    said = headline.memory(results["memory"])
+    said = memory.headline(results["memory"])
+    assert f"**{said}**" in written
     lines = (tmp_path / "main.md").read_text().splitlines()
     assert [line for line in lines if line.startswith("| [")] == [
         f"| [Memory](benchmarks/README.md#memory) | {said} |"
@@ -476,7 +499,6 @@ def test_full_run_writes_its_part_of_the_readme(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_headline_holds_the_medians(results, name):
-    _, say = headline.LINES[name]
     # Of several cells the largest is shown.
     ratios = {
         "step_throughput": lambda result: [
@@ -489,12 +511,21 @@ def test_headline_holds_the_medians(results, name):
         "memory": lambda result: [row["peak_over_adam"] for row in result["sequences"]],
     }[name](results[name])
     largest = max(ratio["median"] for ratio in ratios)
-    assert timing.number(largest) in say(results[name])
+    assert timing.number(largest) in question(name).headline(results[name])
 
 
 def test_main_readme_has_the_headline():
-    text = headline.README.read_text()
-    assert readme.with_part(text, "headline", headline.table()) == text
+    text = readme.MAIN_README.read_text()
+    costs = readme.costs(measured(), report.RESULTS)
+    assert readme.with_part(text, "headline", costs) == text
+
+
+def test_what_was_not_measured_is_one_line_and_no_cost(tmp_path):
+    gpu = question("gpu")
+    result = {"device": None, "reason": "jax finds no GPU", "cells": []}
+    (tmp_path / "gpu.json").write_text(json.dumps(result))
+    assert readme.part(gpu, tmp_path) == "Not measured yet: no GPU was at hand."
+    assert "GPU" not in readme.costs([gpu], tmp_path)
 
 
 def test_part_without_its_markers_is_refused():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from benchmarks.workloads.peak_memory import in_status
+from benchmarks.harness.processes import size_in_status
 from sequential_optimizer import SequentialOptimizer
 from tests.helpers.oracle import assert_same, make_variables, weights_of
 
@@ -53,7 +53,7 @@ def run():
     for start in range(0, UPDATES, UPDATES_IN_CALL):
         phases.append(int(optimizer.phase))
         loop(tf.constant(start), tf.constant(start + UPDATES_IN_CALL))
-        used.append(in_status("VmRSS"))
+        used.append(size_in_status("VmRSS"))
     return optimizer, variables, loop, used, phases
 
 
@@ -91,7 +91,7 @@ def test_loop_is_traced_once_and_has_a_branch_for_each_child(run):
     assert len(branches[1].split(",") if branches else two) == 2
 
 
-@pytest.mark.skipif(in_status("VmRSS") is None, reason="needs /proc")
+@pytest.mark.skipif(size_in_status("VmRSS") is None, reason="needs /proc")
 def test_memory_is_flat(run):
     *_, used, _ = run
     # What the first calls allocate is kept for the next ones. A single float for each
