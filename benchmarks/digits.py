@@ -22,17 +22,19 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from benchmarks.harness.checks import CheckError
 from benchmarks.harness.terminal import say, without_info_logs
+from benchmarks.workloads.handwritten_digits import (
+    BATCH,
+    LOSS,
+    TEST_IMAGES,
+    Digits,
+    make_model,
+)
 from sequential_optimizer import SequentialOptimizer, plot_history
 
 PICTURE = Path(__file__).parent / "results" / "digits.png"
-BATCH = 32
-TEST_IMAGES = 360
-LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 # Of weights after a few updates: XLA may add up the same numbers in another order, and
 # the wrong child would be off by more than this after its first update.
 TOLERANCE = 5e-4
@@ -53,62 +55,7 @@ class Settings:
 QUICK = Settings(steps=60, boundary=40, save_at=30, seeds=2, rounds=3, block=5)
 
 
-# --- data, model and train step ----------------------------------------------
-
-
-@dataclass(frozen=True)
-class Digits:
-    """The images of one split, and which of them each update sees.
-
-    The batch depends on nothing but the number of the update, so a resumed run sees
-    what the uninterrupted one saw.
-    """
-
-    train: tuple[np.ndarray, np.ndarray]
-    test: tuple[np.ndarray, np.ndarray]
-    order: np.ndarray
-
-    @classmethod
-    def load(cls, seed: int, steps: int) -> "Digits":
-        """Returns the split and the order of the images that belong to `seed`."""
-        images, labels = load_digits(return_X_y=True)
-        images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
-        train, test, train_labels, test_labels = train_test_split(
-            images,
-            labels.astype(np.int32),
-            test_size=TEST_IMAGES,
-            stratify=labels,
-            random_state=seed,
-        )
-        rng = np.random.default_rng(seed)
-        epochs = -(-steps * BATCH // len(train))
-        order = np.concatenate([rng.permutation(len(train)) for _ in range(epochs)])
-        return cls(
-            (train, train_labels),
-            (test, test_labels),
-            order[: steps * BATCH].reshape(steps, BATCH),
-        )
-
-    def batch(self, update: int) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns the images and labels of an update, counted from 0."""
-        images, labels = self.train
-        rows = self.order[update]
-        return tf.constant(images[rows]), tf.constant(labels[rows])
-
-
-def make_model() -> keras.Model:
-    """Returns a small convolutional network with new random weights."""
-    layers = keras.layers
-    return keras.Sequential(
-        [
-            keras.Input((8, 8, 1)),
-            layers.Conv2D(16, 3, padding="same", activation="relu"),
-            layers.MaxPooling2D(),
-            layers.Conv2D(32, 3, padding="same", activation="relu"),
-            layers.Flatten(),
-            layers.Dense(10),
-        ]
-    )
+# --- model and train step ----------------------------------------------------
 
 
 def first_weights(seed: int) -> list[np.ndarray]:

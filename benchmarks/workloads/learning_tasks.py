@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from benchmarks import digits
+from benchmarks.workloads import handwritten_digits as digits
 
 Data = tuple[np.ndarray, np.ndarray]
 BATCH = 32
@@ -52,7 +52,7 @@ class LearningTask:
 
 
 def digits_task(epochs: int) -> LearningTask:
-    """Returns the classification of handwritten digits that `digits` shows."""
+    """Returns the classification of handwritten digits, as in the example."""
 
     def load(seed: int) -> Split:
         data = digits.Digits.load(seed, steps=1)

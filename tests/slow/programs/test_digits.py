@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 
 from benchmarks import digits
+from benchmarks.workloads.handwritten_digits import TEST_IMAGES, Digits
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ ONE_BIT_OFF = [np.nextafter(STATE[0], np.float32(9)), STATE[1]]
 
 
 def check_resume(run):
-    data = digits.Digits.load(seed=0, steps=digits.QUICK.steps)
+    data = Digits.load(seed=0, steps=digits.QUICK.steps)
     digits.check_resume(".keras", run, data, digits.QUICK, STATE)
 
 
@@ -149,15 +150,15 @@ def test_timing_fails_if_a_program_made_other_updates(off):
 
 
 def test_batches_depend_on_the_seed_and_the_update_only():
-    one, two = (digits.Digits.load(seed=3, steps=5) for _ in range(2))
+    one, two = (Digits.load(seed=3, steps=5) for _ in range(2))
     for a, b in zip(one.batch(4), two.batch(4), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert not np.array_equal(one.order, digits.Digits.load(seed=4, steps=5).order)
+    assert not np.array_equal(one.order, Digits.load(seed=4, steps=5).order)
 
 
 def test_split_has_every_image_once():
-    data = digits.Digits.load(seed=0, steps=1)
-    assert len(data.test[0]) == digits.TEST_IMAGES
+    data = Digits.load(seed=0, steps=1)
+    assert len(data.test[0]) == TEST_IMAGES
     both = np.concatenate([data.train[0], data.test[0]]).reshape(-1, 64)
     assert len(np.unique(both, axis=0)) == len(both) == 1797
     assert both.min() == 0
