@@ -1,13 +1,14 @@
 """Does switching make a better model?
 
-    python -m benchmarks does_it_help            # about 10 minutes on two cores
+    python -m benchmarks does_it_help            # about 12 minutes on two cores
     python -m benchmarks does_it_help --quick    # seconds, but too short to compare
 
 Adam, SGD with momentum, both in a sequence that switches halfway, and both in one that
 `SwitchOnPlateau` switches, on two tasks (workloads/learning_tasks.py). Learning
 rates are tuned for all by the same rule: of one grid, for a sequence of all pairs from
 it, those with the lowest mean loss on the validation data, over seeds that are not used
-for testing. A seed sets the data, the first weights and the order of the batches, for
+for testing. Then once more with Keras' default learning rates, as one would begin. A
+seed sets the data, the first weights and the order of the batches, for
 all alike, so differences are taken seed by seed.
 """
 
@@ -40,6 +41,9 @@ ALONE = ("Adam", "SGD")
 HALFWAY, PLATEAU = "switch halfway", "switch on plateau"
 CONTENDERS = (*ALONE, HALFWAY, PLATEAU)
 CONFIDENCE = 0.95
+# Those that Keras gives Adam and SGD.
+DEFAULT_RATES = {"Adam": (1e-3,), "SGD": (1e-2,)}
+DEFAULT_RATES |= dict.fromkeys((HALFWAY, PLATEAU), (1e-3, 1e-2))
 
 
 @dataclass(frozen=True)
@@ -73,16 +77,23 @@ FIRST_TUNING_SEED = 1000
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Returns one row a contender, and one a difference of two."""
-    contenders, differences = [], []
+    """Returns one row a contender, and one a difference of two; tuned and not."""
+    result: dict[str, Any] = {
+        "contenders": [],
+        "differences": [],
+        "untuned": [],
+        "untuned_differences": [],
+    }
     for task in (
         digits_task(settings.digits_epochs),
         teacher_task(settings.teacher_epochs),
     ):
-        rows = measure_task(task, settings)
-        contenders += rows
-        differences += compare(rows)
-    return {"contenders": contenders, "differences": differences}
+        tuned, untuned = measure_task(task, settings)
+        result["contenders"] += tuned
+        result["differences"] += compare(tuned)
+        result["untuned"] += untuned
+        result["untuned_differences"] += compare(untuned)
+    return result
 
 
 # --- one run -------------------------------------------------------------------
@@ -153,9 +164,10 @@ class Contender:
                 loss, _ = self.loss_and_outputs(split.validation)
                 callback.on_epoch_end(epoch, {"val_loss": loss})
         loss, _ = self.loss_and_outputs(split.validation)
-        _, outputs = self.loss_and_outputs(split.test)
+        test_loss, outputs = self.loss_and_outputs(split.test)
         return {
             "validation_loss": loss,
+            "test_loss": test_loss,
             "metric": self.task.judge(outputs, split.test[1]),
             "updates_by_child": [int(child.iterations) for child in self.children],
         }
@@ -197,17 +209,19 @@ def orders(split: Split, epochs: int, seed: int) -> list[np.ndarray]:
 # --- all runs ------------------------------------------------------------------
 
 
-def measure_task(task: LearningTask, settings: Settings) -> list[dict[str, Any]]:
-    """Returns the rows of a task."""
+def measure_task(
+    task: LearningTask, settings: Settings
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Returns the rows of a task, with tuned learning rates and with Keras' own."""
     updates = task.epochs * (len(task.load(0).train[0]) // BATCH)
     contenders = [
         Contender(name, task, updates, settings.patience) for name in CONTENDERS
     ]
     check(contenders, task)
     grids = [grid(contender, settings) for contender in contenders]
-    total = sum(settings.tuning_seeds * len(g) + settings.seeds for g in grids)
+    total = sum(settings.tuning_seeds * len(g) + 2 * settings.seeds for g in grids)
     progress = Progress(total, task.name)
-    rows = []
+    tuned, untuned = [], []
     for contender, rates_to_try in zip(contenders, grids, strict=True):
         losses = {}
         for rates in rates_to_try:
@@ -217,24 +231,33 @@ def measure_task(task: LearningTask, settings: Settings) -> list[dict[str, Any]]
                 progress.step(f"{contender.name}, tuning")
             losses[rates] = mean_loss(runs)
         best = min(losses, key=losses.__getitem__)
-        tested = []
-        for seed in range(settings.seeds):
-            tested.append(contender.train(seed, best))
-            progress.step(f"{contender.name}, testing")
-        values = [run["metric"] for run in tested]
-        rows.append(
-            {
-                "task": task.name,
-                "metric": task.metric,
-                "contender": contender.name,
-                "rates": best,
-                "at_edge_of_grid": sorted({r for r in best if at_edge(r, settings)}),
-                "values": values,
-                **mean_and_interval(values),
-                "updates_by_child": [run["updates_by_child"] for run in tested],
-            }
-        )
-    return rows
+        row = test(contender, best, settings.seeds, progress)
+        edge = sorted({rate for rate in best if at_edge(rate, settings)})
+        tuned.append({**row, "at_edge_of_grid": edge})
+        default = DEFAULT_RATES[contender.name]
+        untuned.append(test(contender, default, settings.seeds, progress))
+    return tuned, untuned
+
+
+def test(
+    contender: Contender, rates: tuple[float, ...], seeds: int, progress: Progress
+) -> dict[str, Any]:
+    """Returns how a contender does with these learning rates."""
+    runs = []
+    for seed in range(seeds):
+        runs.append(contender.train(seed, rates))
+        progress.step(f"{contender.name}, testing")
+    values = [run["metric"] for run in runs]
+    return {
+        "task": contender.task.name,
+        "metric": contender.task.metric,
+        "contender": contender.name,
+        "rates": rates,
+        "values": values,
+        **mean_and_interval(values),
+        "loss": mean_and_interval([run["test_loss"] for run in runs]),
+        "updates_by_child": [run["updates_by_child"] for run in runs],
+    }
 
 
 def grid(contender: Contender, settings: Settings) -> list[tuple[float, ...]]:
@@ -309,8 +332,12 @@ def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def tables(result: dict[str, Any]) -> list[report.Table]:
-    """Returns how all did, and the differences."""
-    return [table_of_contenders(result), table_of_differences(result)]
+    """Returns how all did, the differences, and how all did untuned."""
+    found = [table_of_contenders(result), table_of_differences(result)]
+    # What was measured before 2026-11-25 does not have them.
+    if "untuned" in result:
+        found.append(table_of_untuned(result))
+    return found
 
 
 def table_of_contenders(result: dict[str, Any]) -> report.Table:
@@ -321,7 +348,7 @@ def table_of_contenders(result: dict[str, Any]) -> report.Table:
             f"{row['task']}: {row['metric']}",
             row["contender"],
             ", ".join(rate_as_text(rate, row) for rate in row["rates"]),
-            f"{row['mean']:.2f} +- {row['half_width']:.2f}",
+            as_text(row, ".2f"),
             updates_as_text(row["updates_by_child"]),
         )
         for row in result["contenders"]
@@ -358,7 +385,7 @@ def table_of_differences(result: dict[str, Any]) -> report.Table:
         (
             f"{row['task']}: {row['metric']}",
             f"{row['contender']} minus {row['alone']}",
-            f"{row['mean']:+.2f} +- {row['half_width']:.2f}",
+            as_text(row, "+.2f"),
             verdict(row),
         )
         for row in result["differences"]
@@ -370,6 +397,36 @@ def table_of_differences(result: dict[str, Any]) -> report.Table:
     )
     header = ("task: metric", "difference", "mean", "the sequence is")
     return report.Table(caption, header, rows)
+
+
+def table_of_untuned(result: dict[str, Any]) -> report.Table:
+    """Returns a row a contender and task."""
+    minus = {
+        (row["task"], row["contender"], row["alone"]): as_text(row, "+.2f")
+        for row in result["untuned_differences"]
+    }
+    rows = [
+        (
+            f"{row['task']}: {row['metric']}",
+            row["contender"],
+            ", ".join(f"{rate:g}" for rate in row["rates"]),
+            as_text(row, ".2f"),
+            as_text(row["loss"], ".4f"),
+            *(minus.get((row["task"], row["contender"], name), "-") for name in ALONE),
+        )
+        for row in result["untuned"]
+    ]
+    caption = (
+        "With the learning rates that Keras gives Adam and SGD, tuned by nobody: means "
+        "on test data with their confidence intervals, and differences seed by seed."
+    )
+    header = ("task: metric", "contender", "learning rates", "mean", "test loss")
+    return report.Table(caption, (*header, *(f"minus {n}" for n in ALONE)), rows)
+
+
+def as_text(row: dict[str, Any], form: str) -> str:
+    """Returns a mean with its confidence interval."""
+    return f"{row['mean']:{form}} +- {row['half_width']:{form.lstrip('+')}}"
 
 
 def verdict(row: dict[str, Any]) -> str:

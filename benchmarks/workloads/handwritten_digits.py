@@ -8,9 +8,10 @@ import tensorflow as tf
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from benchmarks.workloads.models import Task
+
 BATCH = 32
 TEST_IMAGES = 360
-LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Digits:
     order: np.ndarray
 
     @classmethod
-    def load(cls, seed: int, steps: int) -> "Digits":
+    def load(cls, seed: int, epochs: int = 1) -> "Digits":
         """Returns the split and the order of the images that belong to `seed`."""
         images, labels = load_digits(return_X_y=True)
         images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
@@ -38,16 +39,21 @@ class Digits:
             random_state=seed,
         )
         rng = np.random.default_rng(seed)
-        epochs = -(-steps * BATCH // len(train))
-        order = np.concatenate([rng.permutation(len(train)) for _ in range(epochs)])
+        used = len(train) // BATCH * BATCH
+        order = [rng.permutation(len(train))[:used] for _ in range(epochs)]
         return cls(
             (train, train_labels),
             (test, test_labels),
-            order[: steps * BATCH].reshape(steps, BATCH),
+            np.concatenate(order).reshape(-1, BATCH),
         )
 
+    def updates_of(self, epoch: int) -> range:
+        """Returns the numbers of the updates of an epoch, all counted from 0."""
+        count = len(self.train[0]) // BATCH
+        return range(epoch * count, (epoch + 1) * count)
+
     def batch(self, update: int) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns the images and labels of an update, counted from 0."""
+        """Returns the images and labels of an update."""
         images, labels = self.train
         rows = self.order[update]
         return tf.constant(images[rows]), tf.constant(labels[rows])
@@ -66,3 +72,9 @@ def make_model() -> keras.Model:
             layers.Dense(10),
         ]
     )
+
+
+def make_task() -> Task:
+    """Returns the network with one batch, on which a step takes a millisecond."""
+    images, labels = Digits.load(seed=0).train
+    return Task("digits", make_model, images[:BATCH], labels[:BATCH])

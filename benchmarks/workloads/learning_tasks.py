@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 from benchmarks.workloads import handwritten_digits as digits
+from benchmarks.workloads.models import LOSS
 
 Data = tuple[np.ndarray, np.ndarray]
 BATCH = 32
@@ -55,7 +56,7 @@ def digits_task(epochs: int) -> LearningTask:
     """Returns the classification of handwritten digits, as in the example."""
 
     def load(seed: int) -> Split:
-        data = digits.Digits.load(seed, steps=1)
+        data = digits.Digits.load(seed)
         images, labels = data.train
         count = digits.TEST_IMAGES
         # They come in random order.
@@ -69,7 +70,7 @@ def digits_task(epochs: int) -> LearningTask:
         return 100 * float(np.mean(np.argmax(logits, axis=-1) != labels))
 
     return LearningTask(
-        "digits", "test error, %", epochs, digits.LOSS, digits.make_model, load, judge
+        "digits", "test error, %", epochs, LOSS, digits.make_model, load, judge
     )
 
 

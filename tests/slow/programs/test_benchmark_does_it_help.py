@@ -180,5 +180,16 @@ def test_quick_run_tunes_and_tests_on_different_seeds(monkeypatch, tmp_path, cap
         assert row["mean"] == pytest.approx(np.mean(row["values"]))
         quantile = stats.t.ppf(0.975, 1)
         assert row["half_width"] == pytest.approx(quantile * stats.sem(row["values"]))
+    # What `python -m benchmarks.digits` showed before this question did.
+    for row in result["untuned"]:
+        assert tuple(row["rates"]) == does_it_help.DEFAULT_RATES[row["contender"]]
+        assert len(row["values"]) == 2
+        assert np.isfinite(row["loss"]["mean"])
+    untuned = does_it_help.tables(result)[2]
+    assert len(untuned.rows) == len(result["untuned"]) == 8
+    assert [row[-2:] == ("-", "-") for row in untuned.rows] == 2 * [
+        *[True] * 2,
+        *[False] * 2,
+    ]
     shown = capsys.readouterr().out
     assert "neither" in shown or "better" in shown or "worse" in shown

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import subprocess
 import tempfile
 
@@ -27,7 +28,7 @@ from sequential_optimizer import SequentialOptimizer
 NAMES = ("step_throughput", "first_call", "the_switch", "memory")
 # As short as they can be.
 TINY = {
-    "step_throughput": {"rounds": 2, "steps": 1},
+    "step_throughput": {"rounds": 2, "steps": 1, "short_rounds": 1, "short_steps": 1},
     "first_call": {},
     "the_switch": {"rounds": 2, "compiling_rounds": 1},
     "memory": {},
@@ -54,6 +55,7 @@ def quick_runs(tmp_path_factory):
     runs = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_throughput, "make_tasks", lambda tiny: [small_task()])
+        patch.setattr(step_throughput, "digits_task", small_task)
         # A process takes seconds: let the plain one not run twice.
         once = functools.cache(peak_memory.measure_in_process)
         patch.setattr(memory, "measure_in_process", once)
@@ -161,6 +163,19 @@ def test_step_throughput_has_both_modes_and_phases(results):
     for cell in cells:
         assert cell["sequence_over_plain"]["rounds"] == 2
         assert cell["plain_over_itself"]["rounds"] == 2
+
+
+# What `python -m benchmarks.digits` showed before this question did.
+def test_short_steps_have_a_table_without_a_goal(results):
+    result = results["step_throughput"]
+    assert len(result["short_steps"]) == 4
+    for cell in result["short_steps"]:
+        assert cell["sequence_over_plain"]["rounds"] == 1
+        assert cell["plain_milliseconds"]["median"] > 0
+    goals, short = step_throughput.tables(result)
+    assert len(goals.rows) == len(short.rows) == 4
+    del result["short_steps"]
+    assert step_throughput.tables(result) == [goals]
 
 
 def test_first_call_has_every_setting(results):
@@ -444,6 +459,17 @@ def test_progress_on_a_terminal_is_gone_at_the_end(monkeypatch, capsys):
     assert "title [============............] 1/2, 0:00 left one" in shown
     progress.step("two")
     assert capsys.readouterr().err == "\r\x1b[K"
+
+
+def test_info_lines_stay_off_the_terminal(capfd):
+    with terminal.without_info_logs():
+        # As C++ code does, past `sys.stderr`.
+        os.write(2, b"I0000 00:00:1.5 1 port.cc:153] oneDNN\n")
+        os.write(2, b"E0000 00:00:1.5 1 port.cc:153] broken\n")
+        os.write(2, b"2026-01-01 00:00:00.5: I port.cc:153] oneDNN\n")
+    os.write(2, b"after\n")
+    shown = capfd.readouterr().err
+    assert shown == "E0000 00:00:1.5 1 port.cc:153] broken\nafter\n"
 
 
 def test_text_table_is_aligned():
