@@ -103,7 +103,7 @@ def train_and_save(
     """Trains through the switch, and saves on the way; returns the losses."""
     history = keras.callbacks.History()
     # `PhaseLogger` prints the switch, and adds `phase`, `iterations` and
-    # `learning_rate` to the logs. `fit` would call both by itself.
+    # `learning_rate` to the logs. `fit` calls callbacks by itself, a loop by hand.
     callbacks = keras.callbacks.CallbackList(
         [PhaseLogger(), history], model=training.model
     )
@@ -118,18 +118,18 @@ def train_and_save(
             if update + 1 == settings.save_at:
                 save(training, folder)
                 say(f"iteration {update + 1}: saved to .keras and to a SavedModel")
-        test_loss, accuracy = test(training.model, digits)
+        test_loss, accuracy = evaluate(training.model, digits)
         logs = {
             "loss": np.mean(losses),
             "test loss": test_loss,
             "test accuracy": accuracy,
         }
         callbacks.on_epoch_end(epoch, logs)
-        say(row(epoch, history, training.optimizer))
+        say(line_of(epoch, history, training.optimizer))
     return history
 
 
-def test(model: keras.Model, digits: Digits) -> tuple[float, float]:
+def evaluate(model: keras.Model, digits: Digits) -> tuple[float, float]:
     """Returns the loss and the accuracy on images that the model has not seen."""
     images, labels = digits.test
     logits = model(images, training=False)
@@ -137,10 +137,10 @@ def test(model: keras.Model, digits: Digits) -> tuple[float, float]:
     return float(LOSS(labels, logits)), float(np.mean(right))
 
 
-def row(
+def line_of(
     epoch: int, history: keras.callbacks.History, optimizer: SequentialOptimizer
 ) -> str:
-    """Returns the line of an epoch."""
+    """Returns what is printed of an epoch."""
     last = {name: values[-1] for name, values in history.history.items()}
     return (
         f"{epoch + 1:5}  {last['iterations']:9}  "

@@ -35,9 +35,10 @@ def part(question: Any, results: Path) -> str:
     return "\n\n".join(
         [
             f"**{headline}**",
-            *(table.as_markdown() for table in tables),
+            *(table.as_markdown() for table in tables if not table.folded),
             f"![{report.text_of(question)}](results/{name}.png)",
             origin(result["environment"]),
+            *(table.as_markdown() for table in tables if table.folded),
         ]
     )
 

@@ -231,15 +231,17 @@ def measure_task(
                 progress.step(f"{contender.name}, tuning")
             losses[rates] = mean_loss(runs)
         best = min(losses, key=losses.__getitem__)
-        row = test(contender, best, settings.seeds, progress)
+        row = try_rates(contender, best, settings.seeds, progress)
+        # With a large rate a run may have diverged, and JSON has no infinity.
+        del row["loss"]
         edge = sorted({rate for rate in best if at_edge(rate, settings)})
         tuned.append({**row, "at_edge_of_grid": edge})
         default = DEFAULT_RATES[contender.name]
-        untuned.append(test(contender, default, settings.seeds, progress))
+        untuned.append(try_rates(contender, default, settings.seeds, progress))
     return tuned, untuned
 
 
-def test(
+def try_rates(
     contender: Contender, rates: tuple[float, ...], seeds: int, progress: Progress
 ) -> dict[str, Any]:
     """Returns how a contender does with these learning rates."""

@@ -390,12 +390,12 @@ def headline(result: dict[str, Any]) -> str:
             median = cell["sequence_over_plain"]["median"]
             ratios.setdefault(cell["children"], []).append(median)
     texts = [
-        f"{timing.from_to(medians)} times with {children} Adams"
+        f"{timing.from_to(medians)} times as long with {children} Adams"
         for children, medians in ratios.items()
     ]
     return (
-        f"On a model of {count} tiny variables a step takes {' and '.join(texts)} as "
-        "long as with one Adam."
+        f"Compared with one Adam, a step on a model of {count} tiny variables takes "
+        f"{', and '.join(texts)}."
     )
 
 
