@@ -97,7 +97,7 @@ def test_scope_of_a_branch_is_found_also_in_what_it_calls():
 # --- counting the copies of the package ------------------------------------------
 
 
-def test_copies_are_those_of_idle_variables_and_in_a_branch_of_each_child():
+def test_copies_are_of_idle_variables_in_a_branch_per_child():
     rows = idle_children.count_copies(
         models.many_variables(4), idle_children.make_sequence(["adam", "sgd"])
     )
@@ -129,7 +129,7 @@ def test_idle_variables_are_as_many_as_the_optimizers_have():
     assert count == idle_children.idle_variables(children=3, variables=4)
 
 
-def test_slope_is_that_of_each_round_without_what_the_switch_costs():
+def test_slope_is_taken_per_round_without_the_switch():
     idle = np.array([10, 30, 70])
     first, second = 5 + 0.25 * idle, 100 + 2.0 * idle
     slopes = idle_children.slope_of(idle, np.stack([first, second], axis=1))

@@ -42,7 +42,7 @@ def test_rival_makes_the_updates_that_we_make(name, work, ours):
     assert max(row["difference_from_ours"] for row in rows) < 1e-4
 
 
-def test_function_for_each_optimizer_equals_the_sequence_bit_by_bit(ours):
+def test_two_functions_equal_the_sequence_bit_by_bit(ours):
     for when in ("before the switch", "behind the switch", "at the end"):
         for a, b in zip(
             ours[f"{rivals.OURS}, {when}"],
@@ -88,7 +88,7 @@ def test_rival_that_does_not_compile_is_left_out(monkeypatch, work):
         compiled.make_trainers(work)
 
 
-def test_cells_compare_what_switches_with_its_own_plain_optimizers():
+def test_cells_compare_with_plain_optimizers_of_the_framework():
     """Times are given, so the ratios are known."""
 
     def trainer(first, second):
