@@ -1,6 +1,6 @@
 """Trains a small network on handwritten digits, first with Adam, then with SGD.
 
-    python -m benchmarks.digits            # about 20 seconds on two cores
+    python -m benchmarks.digits            # about 15 seconds on two cores
     python -m benchmarks.digits --quick    # only two epochs
 
 Shows that the optimizer changes inside one compiled train step, and that a run which is

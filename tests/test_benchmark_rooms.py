@@ -16,20 +16,25 @@ MODULES = {name.removesuffix(".__init__"): path for name, path in PATHS.items()}
 
 
 def imports_of(module):
-    """Returns the modules of the benchmarks that a module names, also in functions."""
+    """Returns the other modules of the benchmarks that one names."""
+    return named_in(MODULES[module]) - {"benchmarks", module}
+
+
+def named_in(path):
+    """Returns the modules of the benchmarks that a file names, also in functions."""
     found = set()
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+    for node in ast.walk(ast.parse(path.read_text())):
         names = []
         if isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{module} has a relative import"
+            assert not node.level, f"{path} has a relative import"
             names = [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             # As `import_module(f"benchmarks.questions.{name}")` has it.
             names = [node.value.rstrip(".")]
-        found |= {name for name in names if name in MODULES and name != module}
-    return found - {"benchmarks"}
+        found |= MODULES.keys() & set(names)
+    return found
 
 
 def room_of(module):
@@ -64,3 +69,12 @@ def test_questions_do_not_import_each_other():
         if module.startswith("benchmarks.questions."):
             others = {n for n in imports_of(module) if room_of(n) == 0}
             assert others <= {"benchmarks.questions"}
+
+
+# What they share with the package's tests is how to start and kill processes.
+def test_tests_of_the_package_use_the_processes_only():
+    of_the_benchmarks = ("test_benchmark", "test_digits", "test_faults")
+    allowed = {"benchmarks", "benchmarks.harness", "benchmarks.harness.processes"}
+    for path in (ROOT / "tests").rglob("*.py"):
+        if not path.stem.startswith(of_the_benchmarks):
+            assert named_in(path) <= allowed, path

@@ -363,9 +363,9 @@ def table_of_contenders(result: dict[str, Any]) -> report.Table:
         f"over {settings['tuning_seeds']} other seeds. A star: at the edge of the "
         "grid. So a sequence was tuned over more combinations, but neither when it "
         "switches nor the momentum (0.9) was tuned. The plateau switch looks at the "
-        "validation data while it trains. Nobody else changes a learning rate: a "
-        "schedule might do as much for one optimizer as the switch. Last column: "
-        "updates with each optimizer, the mean."
+        "validation data while it trains. No contender has a schedule, which might do "
+        "as much for one optimizer as the switch. Last column: updates with each "
+        "optimizer, the mean."
     )
     header = ("task: metric", "contender", "learning rates", "mean", "updates")
     return report.Table(caption, header, rows)
@@ -394,8 +394,8 @@ def table_of_differences(result: dict[str, Any]) -> report.Table:
     ]
     caption = (
         "Differences seed by seed: mean, with its confidence interval. Below zero the "
-        "sequence is better. A difference whose interval contains zero is none. With "
-        f"{len(rows)} comparisons, one interval in twenty misses by chance."
+        "sequence is better. A difference whose interval contains zero is none. One "
+        f"interval in twenty misses by chance, and there are {len(rows)}."
     )
     header = ("task: metric", "difference", "mean", "the sequence is")
     return report.Table(caption, header, rows)

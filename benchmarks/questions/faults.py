@@ -249,8 +249,8 @@ def headline(result: dict[str, Any]) -> str:
     kills = result["kills"]
     survived = sum(one["survived"] for one in kills)
     return (
-        f"{survived} of {len(kills)} killed runs ended, bit by bit, where a run that "
-        "nobody killed does."
+        f"{survived} of {len(kills)} killed runs, started again, ended bit by bit "
+        "where a run that nobody killed ended."
     )
 
 

@@ -275,8 +275,8 @@ def tables(result: dict[str, Any]) -> list[report.Table]:
     caption = (
         f"Times of the first call over those of the slowest plain child: median "
         f"(quartiles) of {rounds} rounds, each of a new model, optimizer and function. "
-        "The sum of parts is the forward and backward pass without an optimizer, and "
-        "what each plain child takes more than that. Goals: both at most "
+        "The sum of parts is the forward and backward pass without an optimizer, plus "
+        "what each plain child takes on top of that. Goals for both together: at most "
         f"{TWO_CHILDREN_GOAL} times plain with two children, and at most the sum of "
         f"parts with any number. Noise, plain Adam over itself: {noise}. The weights "
         "at which the timed programs arrive after two updates in each phase were "
@@ -302,7 +302,7 @@ def headline(result: dict[str, Any]) -> str:
     return (
         "With two children the first call takes "
         f"{timing.from_to(timing.medians(two, 'both_over_plain'))} times as long as "
-        f"with the slowest plain child alone, with {most['children']} children "
+        f"with the slowest plain child alone; with {most['children']} children, "
         f"{timing.number(most['both_over_plain']['median'])} times."
     )
 

@@ -335,9 +335,9 @@ def table_of_slopes(slopes: list[dict[str, Any]]) -> report.Table:
         for slope in slopes
     ]
     caption = (
-        "What idle optimizer variables add to a step, from the growth over the "
-        "sequences of two and more children. The last two columns hold for the machine "
-        "of this measurement only."
+        "What idle optimizer variables add to a step, by how it grows from two "
+        "children on. The last two columns hold for the machine of this measurement "
+        "only."
     )
     header = (
         "variables",

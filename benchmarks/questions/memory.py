@@ -193,9 +193,9 @@ def caption(result: dict[str, Any]) -> str:
         f"The first of [{', '.join(names)}] on an MLP of {megabytes:.3g} MB. "
         "Variables: the bytes of the optimizer's, exactly. Peak: the most that a "
         "process of its own had in memory while it made steps, median (quartiles) of "
-        f"{rounds} processes. Needed: the peak of the process of the plain child, and "
-        "the variables of the other children. The last column is in multiples of the "
-        "weights' bytes, of the phase with the largest. Noise, plain Adam's peak over "
+        f"{rounds} processes. Needed: the peak of the plain child's process, plus the "
+        "variables of the other children. The last column is for the phase where it is "
+        "largest, in multiples of the weights' bytes. Noise, plain Adam's peak over "
         f"itself: {noise}."
     )
 
@@ -204,10 +204,10 @@ def headline(result: dict[str, Any]) -> str:
     """Answers the question in one sentence."""
     two = [row for row in result["sequences"] if row["children"] == 2]
     return (
-        "`[Adam, SGD with momentum]` has "
-        f"{two[0]['optimizer_over_adam']:.2f} times Adam's optimizer variables, and "
-        f"its process needs {timing.from_to(timing.medians(two, 'peak_over_adam'))} "
-        "times the memory at its peak."
+        "`[Adam, SGD with momentum]` holds "
+        f"{two[0]['optimizer_over_adam']:.2f} times the optimizer variables of Adam, "
+        "and its process peaks at "
+        f"{timing.from_to(timing.medians(two, 'peak_over_adam'))} times the memory."
     )
 
 

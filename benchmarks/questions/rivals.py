@@ -240,7 +240,7 @@ def table_of_times(result: dict[str, Any]) -> report.Table:
         f"same framework: median (quartiles) of {work['rounds']} runs of "
         f"{work['boundary']} updates with Adam and {work['boundary']} with SGD, "
         f"{work['hidden']} hidden layers of {work['width']}, everything traced and "
-        "compiled before. Last column: the first step behind the switch over the steps "
+        "compiled before. Last column: the first step after the switch over the steps "
         f"that follow it.{left_out}"
     )
     header = ("framework", "program", "phase", "switching / plain")
@@ -258,8 +258,8 @@ def table_of_checks(result: dict[str, Any]) -> report.Table:
     rows = [(*key, f"{difference:.1e}") for key, difference in worst.items()]
     caption = (
         "How far the weights are from those of the same optimizers in Keras, over how "
-        "far these are from the first weights; for what switches the largest of right "
-        "before the switch, right behind it and long after it. Allowed: "
+        "far these are from the first weights; for what switches, the largest of right "
+        "before the switch, right after it and long after it. Allowed: "
         f"{TOLERANCE:g}."
     )
     header = ("framework", "program", "difference from ours")
