@@ -4,10 +4,10 @@
     python -m benchmarks memory --quick    # seconds, on a tiny model
 
 The bytes of the optimizer variables over the sum of the children's, which is exact,
-and the peak of a process that trains an MLP of 30 million weights (peak_memory.py).
-All children's variables exist from the start, so in each phase the peak cannot be less
-than that of the plain child with the variables of the other children beside it. It is
-compared with that.
+and the peak of a process that trains an MLP of 30 million weights. It is measured in
+workloads/peak_memory.py. All children's variables exist from the start, so in each
+phase the peak cannot be less than that of the plain child with the variables of the
+other children beside it. It is compared with that.
 """
 
 import functools

@@ -5,8 +5,9 @@
 
 The time of each of the five steps before and the five after the switch from Adam to
 SGD, over the median step of the same optimizer in the same run, for the sequence and
-for what people do today (ways.py). Traces and compilations are counted in a process of
-their own (compilations.py). Goal: no step above 1.5, no trace, no compilation.
+for what people do today (workloads/ways.py). Traces and compilations are counted in a
+process of their own (workloads/compilations.py). Goal: no step above 1.5, no trace, no
+compilation.
 """
 
 import functools

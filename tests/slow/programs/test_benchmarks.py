@@ -508,7 +508,7 @@ def test_full_run_writes_its_part_of_the_readme(
     monkeypatch.setattr(memory, "measure", lambda settings: rows)
     assert main(["memory"]) == 0
     written = (tmp_path / "README.md").read_text()
-    assert "old" not in written
+    assert "\nold\n" not in written
     assert "| children |" in written
     assert "](results/memory.png)" in written
     assert f"Keras {keras.__version__}" in written
