@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.__main__ import main
 from benchmarks.harness import report
 from benchmarks.harness.checks import CheckError
 from benchmarks.questions import does_it_help
@@ -162,11 +161,10 @@ def test_quick_run_tunes_and_tests_on_different_seeds(monkeypatch, tmp_path, cap
         return train(self, seed, rates)
 
     monkeypatch.setattr(does_it_help.Contender, "train", noting)
-    monkeypatch.setattr(does_it_help, "QUICK", TINY)
     monkeypatch.setattr(does_it_help, "teacher_task", small_task)
     other = dataclasses.replace(small_task(), name="other")
     monkeypatch.setattr(does_it_help, "digits_task", lambda epochs: other)
-    assert main(["does_it_help", "--quick", "--results", str(tmp_path)]) == 0
+    report.ask(does_it_help, TINY, True, tmp_path)
     result = report.read(does_it_help, tmp_path)
     assert len(result["contenders"]) == 2 * len(does_it_help.CONTENDERS)
     assert len(result["differences"]) == 2 * 4

@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 
-from benchmarks.__main__ import main
 from benchmarks.harness import hlo, report
 from benchmarks.harness.checks import CheckError
 from benchmarks.questions import idle_children
@@ -146,9 +145,8 @@ def test_cells_are_timed_in_their_phase():
         assert int(program.optimizer.phase) == expected
 
 
-def test_quick_run_has_a_row_for_everything(monkeypatch, tmp_path):
-    monkeypatch.setattr(idle_children, "QUICK", TINY)
-    assert main(["idle_children", "--quick", "--results", str(tmp_path)]) == 0
+def test_quick_run_has_a_row_for_everything(tmp_path):
+    report.ask(idle_children, TINY, True, tmp_path)
     result = report.read(idle_children, tmp_path)
     # For each mode one child in its only phase, more in the first and last.
     assert len(result["cells"]) == 2 * (1 + 2 + 2) + 2 * (1 + 2)

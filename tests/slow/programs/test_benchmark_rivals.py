@@ -6,7 +6,6 @@ import importlib.util
 import numpy as np
 import pytest
 
-from benchmarks.__main__ import main
 from benchmarks.harness import report
 from benchmarks.harness.checks import CheckError
 from benchmarks.questions import rivals
@@ -64,9 +63,8 @@ def test_rival_that_switches_late_is_refused(wrong, work, ours):
 def test_missing_rival_is_left_out_with_a_line_that_says_so(
     monkeypatch, tmp_path, capsys
 ):
-    monkeypatch.setattr(rivals, "QUICK", TINY)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert main(["rivals", "--quick", "--results", str(tmp_path)]) == 0
+    report.ask(rivals, TINY, True, tmp_path)
     result = report.read(rivals, tmp_path)
     assert {cell["framework"] for cell in result["cells"]} == {"TensorFlow"}
     assert result["left_out"] == [
