@@ -82,7 +82,8 @@ def test_output_fits_a_screen(quick_run):
     lines = quick_run[1].splitlines()
     full = len(lines) + digits.Settings.epochs - digits.QUICK.epochs
     assert 24 <= full <= 40
-    assert max(map(len, lines)) <= 80
+    # The last line holds the path of the picture.
+    assert max(map(len, lines[:-1])) <= 80
 
 
 def test_quick_run_draws_its_loss(quick_run, picture):

@@ -1,6 +1,7 @@
 """Runs that are killed end, bit by bit, where they would have ended.
 
-benchmarks/faults.py does the same at random moments, and says what was found out.
+The benchmark `faults` does the same at random moments; benchmarks/README.md says what
+was found out.
 """
 
 from pathlib import Path
