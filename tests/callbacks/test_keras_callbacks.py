@@ -116,7 +116,7 @@ def halve(epoch, learning_rate):
     return learning_rate / 2
 
 
-def test_learning_rate_scheduler_sets_the_active_child_at_each_epoch(wrap):
+def test_learning_rate_scheduler_sets_the_active_child(wrap):
     _, sequence, _ = run(wrap, keras.callbacks.LearningRateScheduler(halve))
     # The third epoch begins in Adam's phase, the fourth in SGD's.
     expected = [0.01 / 2**3, 0.1 / 2, 0.2]
@@ -124,7 +124,7 @@ def test_learning_rate_scheduler_sets_the_active_child_at_each_epoch(wrap):
     assert_as_when_built(sequence, 2)
 
 
-def test_learning_rate_scheduler_equals_two_fits_with_plain_optimizers():
+def test_learning_rate_scheduler_equals_two_plain_fits():
     scheduler = keras.callbacks.LearningRateScheduler(halve)
     model, sequence, _ = run(as_it_is, scheduler, boundaries=[4, 9])
 
@@ -139,7 +139,7 @@ def test_learning_rate_scheduler_equals_two_fits_with_plain_optimizers():
     assert_same(state_of(model, sequence), expected)
 
 
-def test_rate_that_an_epoch_ended_with_is_logged_after_the_scheduler(wrap):
+def test_rate_at_the_end_of_an_epoch_is_logged(wrap):
     # At the end of the second epoch Keras logs the rate of the next update, SGD's.
     # PhaseLogger, put behind, logs the rate of the last one.
     scheduler = keras.callbacks.LearningRateScheduler(halve)
@@ -192,9 +192,7 @@ def averages_of(weights, momentum=0.99):
 
 
 @pytest.mark.parametrize("swap_on_epoch", [False, True])
-def test_swap_ema_weights_validates_the_average_and_trains_the_weights(
-    wrap, swap_on_epoch
-):
+def test_swap_ema_weights_validates_the_average(wrap, swap_on_epoch):
     sequence = SequentialOptimizer(make_children(), BOUNDARIES, use_ema=True)
     model = make_model(wrap(sequence))
     weights = EachBatch(lambda: weights_of(model.trainable_variables))
@@ -221,7 +219,7 @@ def test_swap_ema_weights_validates_the_average_and_trains_the_weights(
 # --- ModelCheckpoint ---------------------------------------------------------
 
 
-def test_model_checkpoint_of_either_phase_goes_on_as_if_never_saved(wrap, tmp_path):
+def test_model_checkpoint_of_either_phase_continues(wrap, tmp_path):
     run(wrap, keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras"))
     for epochs, phase in ((1, 0), (3, 1)):
         resumed = keras.models.load_model(tmp_path / f"{epochs}.keras")
@@ -253,7 +251,7 @@ def test_model_checkpoint_of_the_best_epoch_keeps_its_phase(wrap, tmp_path):
 # --- EarlyStopping -----------------------------------------------------------
 
 
-def test_early_stopping_restores_the_weights_and_leaves_every_child_alone(wrap):
+def test_early_stopping_restores_weights_not_children(wrap):
     # The first epoch is the best, because nothing improves by that much, and the
     # fourth, in SGD's phase, is the third without improvement.
     stop = keras.callbacks.EarlyStopping(

@@ -235,7 +235,7 @@ def test_loop_without_on_epoch_begin_prints_its_switches(hook, capsys):
     assert lines_of(capsys) == ["iteration 2: a -> b"]
 
 
-def test_switch_is_printed_at_the_end_of_an_epoch_that_ran_out_of_data(capsys):
+def test_switch_is_printed_if_the_epoch_ran_out_of_data(capsys):
     # Keras then leaves out the end of the batch.
     stage = Stage(make_sequence("ab", [2]), [PhaseLogger()])
     stage.begin_epoch()
@@ -245,7 +245,7 @@ def test_switch_is_printed_at_the_end_of_an_epoch_that_ran_out_of_data(capsys):
     assert lines_of(capsys) == ["iteration 2: a -> b"]
 
 
-def test_nothing_is_printed_without_a_switch_or_when_not_verbose(capsys):
+def test_nothing_is_printed_without_a_switch_or_verbose(capsys):
     for boundary, verbose in ((9, 1), (2, 0)):
         stage = Stage(make_sequence("ab", [boundary]), [PhaseLogger(verbose=verbose)])
         stage.begin_epoch()
@@ -426,7 +426,7 @@ def test_line_for_each_epoch_shows_both(capsys):
     assert "iteration 3: a -> b\n" in out
 
 
-def test_phase_that_was_dropped_is_shown_as_the_one_that_goes_on():
+def test_dropped_phase_is_shown_as_the_one_that_continues():
     optimizer = make_sequence("abc", [1, 2])
     optimizer.build([tf.Variable([0.5])])
     for _ in range(3):
@@ -519,7 +519,7 @@ def test_several_sequences_to_choose_from_are_an_error():
         fit(gan, 1, [PhaseLogger()])
 
 
-def test_optimizer_without_a_sequence_is_an_error_when_fit_begins():
+def test_no_sequence_is_an_error_when_fit_begins():
     model = make_model(keras.optimizers.SGD(0.1))
     with pytest.raises(ValueError, match=r"`PhaseLogger` needs .* 0 of them.*Compile"):
         fit(model, 1, [PhaseLogger()])

@@ -197,7 +197,7 @@ def test_diverged_run_is_plotted():
 # --- spans, names and marks --------------------------------------------------
 
 
-def test_spans_touch_and_cover_the_axes_and_each_switch_is_marked():
+def test_spans_cover_the_axes_and_each_switch_is_marked():
     ax = plot_history(columns_of([0, 0, 0, 1, 1, 2]))
     assert spans_of(ax) == [(0.5, 3.5), (3.5, 5.5), (5.5, 6.5)]
     assert marks_of(ax) == [3.5, 5.5]
@@ -218,7 +218,7 @@ def test_child_that_comes_back_has_its_colour_again():
     assert not same_color(first, second)
 
 
-def test_phase_that_began_between_two_epochs_and_ended_is_skipped():
+def test_phase_within_an_epoch_is_skipped():
     # Three of the phases lie within the second epoch.
     ax = plot_history(columns_of([0, 3]), names=["a", "b", "c", "d"])
     assert names_of(ax) == ["a", "d"]
@@ -245,7 +245,7 @@ def test_names_can_be_passed():
     ["rmsprop", SequentialOptimizer(["rmsprop"], [])],
     ids=["plain", "ours"],
 )
-def test_names_of_fewer_phases_after_the_run_are_not_taken_for_its_own(optimizer):
+def test_names_of_fewer_phases_are_not_those_of_the_run(optimizer):
     history = fit(adam_then_sgd(4))
     history.model.compile(optimizer, loss="mse")
     ax = plot_history(history)

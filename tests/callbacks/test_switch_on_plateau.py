@@ -314,7 +314,7 @@ def test_integer_boundary_or_plateau_whichever_comes_first():
 
 
 @pytest.mark.parametrize("value", [1.0, NAN])
-def test_epoch_that_ends_at_a_boundary_does_not_end_the_next_phase(value):
+def test_epoch_that_ends_at_a_boundary_ends_one_phase(value):
     callback = SwitchOnPlateau("loss", patience=1)
     # After the second epoch phase 1 has made no update yet.
     assert drive(callback, [1.0, value, 2.0], (4, None)) == [0, 1, 1]
@@ -342,7 +342,7 @@ def test_advance_of_another_callback_starts_anew():
     assert phases[0] == phases[1] == [0, 1, 1, 1, 1, 2, 2]
 
 
-def test_two_metrics_make_one_switch_each_and_none_in_the_same_epoch():
+def test_two_metrics_make_one_switch_each():
     optimizer = make_sgds((None,) * 3)
     callbacks = [
         SwitchOnPlateau("loss", patience=2),
@@ -394,7 +394,7 @@ def test_last_phase_is_left_alone(capsys):
 # --- beginning of fit --------------------------------------------------------
 
 
-def test_optimizer_without_a_sequence_is_an_error_when_fit_begins():
+def test_no_sequence_is_an_error_when_fit_begins():
     model = make_model(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)))
     with pytest.raises(ValueError, match=r"`SwitchOnPlateau` needs .* 0 of them"):
         fit(model, 1, [SwitchOnPlateau()])
@@ -558,7 +558,7 @@ def test_gan_ends_the_phases_of_each_of_its_sequences():
 
 
 @pytest.mark.parametrize("callback_class", [SwitchOnPlateau, PhaseLogger])
-def test_callback_that_was_given_an_optimizer_is_copied_after_fit(callback_class):
+def test_callback_with_an_optimizer_is_copied_after_fit(callback_class):
     sequence = make_sgds((None,))
     callback = callback_class(optimizer=sequence)
     model = make_model(sequence, keras.Sequential)

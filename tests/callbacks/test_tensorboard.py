@@ -110,7 +110,7 @@ def test_tensorboard_alone_shows_the_rate_of_the_active_child(optimizer, tmp_pat
     )
 
 
-def test_at_the_end_of_a_phase_keras_shows_the_rate_of_the_next_update(tmp_path):
+def test_keras_shows_the_rate_of_the_next_update(tmp_path):
     # TensorBoard overwrites `learning_rate` in the epoch's logs with the rate of the
     # optimizer at this moment; the phase stays that of the last update.
     optimizer = SequentialOptimizer(["adam", "sgd"], [2 * UPDATES_PER_EPOCH])

@@ -76,7 +76,7 @@ def test_learning_rate_in_the_graph_does_not_ask_either():
     assert cases_asking_for_constants(nodes_of(read)) == []
 
 
-def test_tensorflow_still_makes_a_case_ask_for_compile_time_constants():
+def test_tensorflow_still_asks_for_compile_time_constants():
     # If this fails, TensorFlow no longer sets the attribute: then `switch_case` in
     # switching.py, with its private `_set_attr`, is not needed any more.
     variable = tf.Variable(1.0)

@@ -183,7 +183,7 @@ def test_frozen_backbone_in_the_first_phase():
 
 
 @needs_optimizer_map
-def test_plain_checkpoint_loses_the_optimizers_of_a_multi_optimizer(tmp_path):
+def test_plain_checkpoint_loses_those_of_a_multi_optimizer(tmp_path):
     # If this fails, TensorFlow saves them now: take the sentence out of the README.
     weight = keras.Variable(1.0)
     make = keras.optimizers.MultiOptimizer

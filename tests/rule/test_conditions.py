@@ -238,7 +238,7 @@ def test_each_phase_may_have_a_threshold_of_its_own(setting):
 
 
 @pytest.mark.parametrize("setting", ["jitted step", "jitted while_loop"])
-def test_condition_that_goes_on_being_true_ends_one_phase_a_step(setting):
+def test_condition_that_stays_true_ends_one_phase_per_step(setting):
     children = [*make_children(), keras.optimizers.RMSprop(0.01)]
     optimizer = SequentialOptimizer(children, [None, None])
     _, phases = SETTINGS[setting](optimizer, loss_below(math.inf))

@@ -197,7 +197,7 @@ def test_raw_variables_in_a_schedule_free_phase():
 
 
 @needs_schedule_free
-def test_weights_that_build_copied_are_copied_again_when_the_phase_starts():
+def test_copied_weights_are_copied_again_at_the_phase_start():
     optimizer = SequentialOptimizer(
         [optimizers.SGD(0.3), optimizers.ScheduleFreeAdamW(0.0)], [1]
     )

@@ -229,7 +229,7 @@ def test_nested_sequence_may_grow_at_its_end(saved, name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_dropped_child_that_made_the_last_update_finalizes_nothing(saved, name):
+def test_dropped_last_child_finalizes_nothing(saved, name):
     def make(*names):
         children = {
             "adam": optimizers.Adam(0.05, use_ema=True),

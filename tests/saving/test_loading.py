@@ -249,7 +249,7 @@ def test_file_from_before_build_resets_what_has_trained(tmp_path):
     assert_same(train(model, 0, 6), expected)
 
 
-def test_checkpoint_from_before_build_is_refused_by_what_has_trained(tmp_path):
+def test_checkpoint_from_before_build_after_training(tmp_path):
     save_checkpoint(make_model(adam_sgd()), tmp_path)
     model = trained()
     before = state_of(model)

@@ -537,7 +537,7 @@ def test_custom_objects_are_needed_as_for_a_plain_optimizer(tmp_path, around):
     assert_same(state_of(loaded), state_of(model))
 
 
-def test_from_config_passes_custom_objects_and_leaves_the_config():
+def test_from_config_passes_custom_objects():
     # Keras puts the schedule itself in its place, in the config that it is given.
     schedule = optimizers.schedules.ExponentialDecay(0.05, 1, 0.5)
     config = SequentialOptimizer(

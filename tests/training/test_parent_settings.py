@@ -272,7 +272,7 @@ def test_parents_average_goes_before_the_childs_own():
     assert_same(finalized(optimizer, variables), parents)
 
 
-def test_finalize_uses_the_own_average_of_the_child_that_training_ends_in():
+def test_finalize_uses_the_average_of_the_last_child():
     child = make_sgd(use_ema=True, ema_momentum=0.7)
     optimizer = SequentialOptimizer([make_adam(), child], [2])
     variables = train(optimizer, 5)
@@ -296,7 +296,7 @@ def test_finalize_works_in_a_graph(of_parent, mode):
     assert_same(weights_of(variables), averages)
 
 
-def test_finalize_leaves_the_weights_if_only_an_earlier_child_averages():
+def test_finalize_ignores_an_earlier_child_that_averages():
     optimizer = SequentialOptimizer([make_adam(use_ema=True), make_sgd()], [2])
     variables = train(optimizer, 3)
     before = weights_of(variables)
@@ -315,7 +315,7 @@ def test_finalize_at_the_boundary_belongs_to_the_earlier_child():
     assert_same(finalized(optimizer, variables), averages)
 
 
-def test_finalize_at_the_boundary_ignores_a_later_child_that_averages():
+def test_finalize_ignores_a_later_child_that_averages():
     optimizer = SequentialOptimizer([make_adam(), make_sgd(use_ema=True)], [2])
     variables = train(optimizer, 2)
     before = weights_of(variables)
@@ -333,7 +333,7 @@ def test_finalize_after_advance_belongs_to_the_earlier_child():
 
 
 @pytest.mark.parametrize("boundaries", [[2, None], [2, 5]])
-def test_finalize_after_advance_ignores_the_child_that_is_to_come_back(boundaries):
+def test_finalize_after_advance_ignores_the_next_child(boundaries):
     # Its average is that of phase 0, and the last update was made in phase 1.
     returning = make_adam(use_ema=True, ema_momentum=0.7)
     optimizer = SequentialOptimizer([returning, make_sgd(), returning], boundaries)
@@ -344,7 +344,7 @@ def test_finalize_after_advance_ignores_the_child_that_is_to_come_back(boundarie
     assert_same(finalized(optimizer, variables), before)
 
 
-def test_finalize_at_the_boundary_ignores_the_child_that_is_to_come_back():
+def test_finalize_at_the_boundary_ignores_the_next_child():
     returning = make_adam(use_ema=True, ema_momentum=0.7)
     optimizer = SequentialOptimizer([returning, make_sgd(), returning], [2, 4])
     variables = train(optimizer, 4)
@@ -391,7 +391,7 @@ def sparse_gradients(table, factor=1.0):
 # --- loss_scale_factor -------------------------------------------------------
 
 
-def test_loss_scale_optimizer_treats_the_factor_as_that_of_plain_sgd():
+def test_loss_scale_optimizer_treats_the_factor_as_plain():
     # Keras 3.5 divides by both, a newer one takes the factor away.
     factors, values = [], []
     for inner in (
@@ -544,7 +544,7 @@ def test_boundary_never_splits_or_drops_a_window(mode):
     assert [int(adam.iterations), int(sgd.iterations)] == [1, 1]
 
 
-def test_window_that_is_open_at_advance_goes_whole_to_the_new_child(mode):
+def test_window_open_at_advance_goes_to_the_new_child(mode):
     variables = make_variables(((2,),))
     before = weights_of(variables)[0]
     adam, sgd = make_adam(), SGD(1.0)
@@ -576,7 +576,7 @@ def test_childs_schedule_counts_windows(mode):
 # Keras warns at each call without a gradient. Its children see one update a window.
 @pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning")
 @pytest.mark.parametrize("missing", range(WINDOW))
-def test_missing_gradient_in_a_window_is_treated_as_by_plain_adam(missing):
+def test_missing_gradient_in_a_window_is_as_in_plain_adam(missing):
     def run_windows(optimizer, variables):
         optimizer.build(variables)
         history = []
@@ -594,7 +594,7 @@ def test_missing_gradient_in_a_window_is_treated_as_by_plain_adam(missing):
     )
 
 
-def test_variable_left_out_at_the_end_of_a_window_is_treated_as_by_plain_sgd(mode):
+def test_variable_left_out_at_the_end_of_a_window(mode):
     # Its gradients of that window are lost, and do not leak into the next one.
     def run_windows(optimizer, variables):
         optimizer.build(variables)
@@ -680,7 +680,7 @@ def test_windows_and_averages_together(name, frequency, mode):
     assert_same(values_of(optimizer, "average"), averages)
 
 
-def test_skipped_call_under_loss_scale_optimizer_does_not_count_in_a_window(mode):
+def test_skipped_call_does_not_count_in_a_window(mode):
     ours, theirs = make_variables(), make_variables()
     gradients = make_gradients(ours, 8)
     inner = SequentialOptimizer(make_pair(), [2], gradient_accumulation_steps=2)
@@ -705,7 +705,7 @@ def min_phase_of(optimizer):
     return int(variable)
 
 
-def test_phase_is_a_scalar_int32_tensor_that_follows_the_iterations(mode):
+def test_phase_is_a_scalar_int32_that_follows_iterations(mode):
     variables = make_variables(((1,),))
     optimizer = SequentialOptimizer(make_there_and_back(), [2, 3])
     optimizer.build(variables)
@@ -733,7 +733,7 @@ def test_advance_ends_the_phase(mode):
     assert_same(history, expected)
 
 
-def test_integer_is_reached_early_by_advance_and_the_next_one_still_holds(mode):
+def test_advance_before_an_integer_leaves_the_next_one(mode):
     variables = make_variables(((1,),))
     optimizer = SequentialOptimizer(make_there_and_back(), [4, 6])
     optimizer.build(variables)
@@ -804,7 +804,7 @@ def test_advance_in_a_cond_takes_effect_only_if_taken(mode):
     assert int(optimizer.phase) == 1
 
 
-def test_advance_in_a_while_loop_switches_from_the_next_update_on(mode):
+def test_advance_in_a_while_loop_holds_for_the_next_update(mode):
     variables, theirs = make_variables(((3,),)), make_variables(((3,),))
     gradients = make_gradients(variables, 6)
     stacked = tf.stack([gradient for (gradient,) in gradients])
@@ -912,7 +912,7 @@ def test_learning_rate_of_a_schedule_starts_at_0_with_its_phase(mode):
 
 
 @pytest.mark.parametrize("phase", [0, 1])
-def test_setting_the_learning_rate_touches_only_the_active_child(phase, mode):
+def test_setting_the_learning_rate_sets_the_active_child(phase, mode):
     optimizer = make_rates()
     set_rate = compiled(lambda rate: setattr(optimizer, "learning_rate", rate), mode)
     if phase:
@@ -931,7 +931,7 @@ def test_number_can_be_set_as_learning_rate(mode):
     assert rates_of(optimizer) == [0.75, 0.25]
 
 
-def test_learning_rate_set_between_updates_holds_without_a_new_trace(mode):
+def test_learning_rate_set_between_updates_needs_no_trace(mode):
     variables = make_variables(((2,),))
     optimizer = make_rates()
     optimizer.build(variables)

@@ -125,7 +125,7 @@ def check_fit_under(policy, jit_compile, atol=0):
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("order", [0, 1])
-def test_model_that_is_built_by_fit_trains_as_one_that_was_built(order, jit_compile):
+def test_model_built_by_fit_trains_as_one_built_before(order, jit_compile):
     # Without an `Input` the weights have no values yet while the step is traced. The
     # first of the two copies them when it is built.
     copies = getattr(keras.optimizers, "ScheduleFreeAdamW", Adam)
@@ -143,7 +143,7 @@ def test_model_that_is_built_by_fit_trains_as_one_that_was_built(order, jit_comp
     assert_same(train(), train(keras.Input(X.shape[1:])))
 
 
-def test_frozen_layer_stays_and_the_rest_equals_plain_optimizers():
+def test_frozen_layer_stays_and_the_rest_equals_plain():
     def make_frozen_model():
         model = make_model()
         model.layers[1].trainable = False
@@ -182,7 +182,7 @@ def test_fit_ends_with_the_average_of_both_phases():
     [{"jit_compile": True}, {"jit_compile": False, "steps_per_execution": 3}],
     ids=["jit_compile", "steps_per_execution"],
 )
-def test_fit_traces_as_often_as_with_plain_adam_and_never_at_the_switch(kwargs):
+def test_fit_traces_as_often_as_plain_adam(kwargs):
     plain = make_model()
     fit(plain, Adam(0.05), 0, 3, **kwargs)
     assert plain.train_steps > 0
@@ -312,7 +312,7 @@ def test_compiled_step_holds_exactly_one_conditional(phases):
     assert hlo.count("conditional(") == (0 if phases == "a" else 1)
 
 
-def test_graph_holds_exactly_one_case_with_a_branch_for_each_child(phases):
+def test_graph_holds_one_case_with_a_branch_for_each_child(phases):
     step, _ = run_loop(make_sequence(phases), make_model(), [], "graph", built=True)
     graph = step.get_concrete_function(*BATCHES[0]).graph.as_graph_def()
     nodes = list(graph.node)

@@ -72,7 +72,7 @@ def test_workers_equal_plain_optimizers(workers, name):
 
 
 @pytest.mark.parametrize("name", ENDED)
-def test_phase_ended_by_any_worker_ends_on_all_at_the_same_update(workers, name):
+def test_phase_ended_by_any_worker_ends_on_all(workers, name):
     for results in workers:
         assert_equals_plain(results, name)
 

@@ -40,7 +40,7 @@ def kill(name, folder, *moments):
     return rows
 
 
-def test_cluster_killed_before_at_and_after_the_switch_ends_as_if_it_had_not_been(
+def test_cluster_killed_around_the_switch_ends_as_if_not(
     tmp_path,
 ):
     switch, _ = KINDS["cluster"].workload.switches
@@ -65,7 +65,7 @@ def test_fit_killed_in_mid_epoch_ends_as_if_it_had_not_been(tmp_path):
     assert row["restored"] < row["killed_after"] < by_plateau + kind.workload.batches
 
 
-def test_run_killed_and_its_newest_checkpoint_damaged_goes_on_from_the_one_before(
+def test_killed_run_with_damaged_newest_checkpoint_resumes(
     tmp_path,
 ):
     (row,) = kill("damaged", tmp_path, Moment("update", 12))
@@ -111,7 +111,7 @@ class Notes:
 
 
 @pytest.mark.parametrize("damage", range(len(DAMAGES)))
-def test_broken_checkpoint_is_refused_and_the_one_before_restored(tmp_path, damage):
+def test_broken_checkpoint_is_refused_the_one_before_loads(tmp_path, damage):
     run = make_run(tmp_path)
     states = [train(*run) for _ in range(4)]
     name = damage_newest(tmp_path, DAMAGES[damage], np.random.default_rng(damage))
@@ -134,7 +134,7 @@ def test_broken_checkpoint_is_refused_and_the_one_before_restored(tmp_path, dama
     assert_same(state_of(weights, optimizer), states[3])
 
 
-def test_run_without_a_whole_checkpoint_fails_rather_than_starts_again(tmp_path):
+def test_run_without_a_whole_checkpoint_fails(tmp_path):
     run = make_run(tmp_path)
     for _ in range(2):
         train(*run)
@@ -205,7 +205,7 @@ def test_table_and_picture_come_from_the_rows():
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_moments_are_drawn_from_the_seed_and_leave_something_to_train(name):
+def test_moments_come_from_the_seed_and_leave_some_to_train(name):
     kind = KINDS[name]
 
     def draw():

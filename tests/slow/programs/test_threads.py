@@ -133,7 +133,7 @@ class ForkedLoader(keras.utils.PyDataset):
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
 # JAX, if a test of the rivals has imported it in this process.
 @pytest.mark.filterwarnings("ignore:os.fork.. was called:RuntimeWarning")
-def test_data_from_forked_processes_trains_as_data_from_this_one():
+def test_data_from_forked_processes():
     expected = fit(compile_model(0, False))
     model = compile_model(0, False)
     # The loader of the second call is forked when everything is traced and running.

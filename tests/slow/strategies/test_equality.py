@@ -146,7 +146,7 @@ def test_loop_equals_plain_optimizers_on_every_replica(strategy, mode, case):
 
 
 @pytest.mark.parametrize("mode", ["graph", "range"])
-def test_optimizer_that_is_built_in_the_graph_equals_plain_optimizers(strategy, mode):
+def test_optimizer_built_in_the_graph_equals_plain(strategy, mode):
     loop = check_loop(strategy, "pair", mode, built=False)
     # A tf.function whose first call creates variables is always traced twice.
     assert loop.function.experimental_get_tracing_count() == 2
@@ -189,7 +189,7 @@ def average_by_hand(strategy, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_average_spans_the_phases_and_overwrites_on_every_replica(strategy, mode):
+def test_average_spans_the_phases_on_every_replica(strategy, mode):
     variables = make_variables(strategy)
     with strategy.scope():
         optimizer = SequentialOptimizer(

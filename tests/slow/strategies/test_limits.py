@@ -134,7 +134,7 @@ def test_mirrored_graph_cannot_accumulate_gradients(strategy):
 
 
 @mirrored
-def test_mirrored_graph_cannot_overwrite_weights_with_their_average(strategy):
+def test_mirrored_graph_cannot_overwrite_with_averages(strategy):
     make = functools.partial(make_adam, use_ema=True, ema_overwrite_frequency=2)
     check_still_fails(lambda: train(strategy, make), RuntimeError, CANNOT_MEET)
 

@@ -94,7 +94,7 @@ def run_by_hand(strategy):
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"], indirect=True)
-def test_skipped_updates_count_for_nobody_and_delay_the_boundary(strategy, policy):
+def test_skipped_updates_delay_the_boundary(strategy, policy):
     model = make_model(strategy)
     with strategy.scope():
         children = make_pair()

@@ -55,7 +55,7 @@ def test_optimizer_created_outside_of_the_scope_is_refused(strategy, outside):
 
 
 @several_replicas
-def test_fit_with_an_optimizer_created_outside_of_the_scope_is_refused(strategy):
+def test_fit_with_an_optimizer_from_outside_is_refused(strategy):
     with strategy.scope():
         model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile(make_sequence(strategy, "parent, children"), loss="mse")
@@ -65,7 +65,7 @@ def test_fit_with_an_optimizer_created_outside_of_the_scope_is_refused(strategy)
 
 # Keras trains so with a plain optimizer: on one device there is nothing to mirror.
 @pytest.mark.skipif(NAME != "one-device", reason="has copies")
-def test_optimizer_created_outside_of_one_device_trains_as_a_plain_one(strategy):
+def test_optimizer_from_outside_of_one_device_trains(strategy):
     def fit(make_optimizer):
         keras.utils.set_random_seed(0)
         with strategy.scope():

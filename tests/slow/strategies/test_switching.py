@@ -94,7 +94,7 @@ def losses_of(strategy):
     return np.arange(UPDATES - 1, -1, -1, dtype="float32") + offsets[:, None]
 
 
-def test_advance_on_a_reduced_loss_switches_where_eager_python_does(strategy):
+def test_advance_on_a_reduced_loss_is_as_in_eager_python(strategy):
     variables, optimizer = make_sequence(strategy, [None])
     table = losses_of(strategy)
 
@@ -216,7 +216,7 @@ def rates_of(strategy, optimizer):
 
 
 @pytest.mark.parametrize("mode", ["graph", "eager"])
-def test_learning_rate_set_in_every_replica_is_the_active_childs(strategy, mode):
+def test_learning_rate_set_in_every_replica(strategy, mode):
     variables, optimizer = make_sequence(strategy, [2])
 
     def replica(update, rate):
@@ -242,7 +242,7 @@ def test_learning_rate_set_in_every_replica_is_the_active_childs(strategy, mode)
         assert rates == [0.5, 0.125]
 
 
-def test_learning_rate_set_between_the_steps_holds_on_every_replica(strategy):
+def test_learning_rate_set_between_steps_on_every_replica(strategy):
     variables, optimizer = make_sequence(strategy, [3])
     loop = Loop(strategy, optimizer, variables, "graph")
     with strategy.scope():
