@@ -2,8 +2,9 @@
 
 A new version of either should need changes in this file only. Each function stands
 for one thing that has no public name; `test_private_name_is_still_there` fails and
-names it when a version no longer has it. Two hooks of TensorFlow can only be methods of
-the class: `_trackable_children` and `_lookup_dependency` of `SequentialOptimizer`.
+names it when a version no longer has it. Three hooks can only be methods of a class:
+`_trackable_children` and `_lookup_dependency` of `SequentialOptimizer`, and
+`_distributed_tf_update_step` of `QuasiNewton`.
 """
 
 import contextlib

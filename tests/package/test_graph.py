@@ -96,6 +96,7 @@ def test_tensorflow_still_asks_for_compile_time_constants():
     "name",
     [
         "_accumulated_gradients",
+        "_distributed_tf_update_step",
         "_get_variable_index",
         "_iterations",
         "_learning_rate",
@@ -161,7 +162,9 @@ def test_shape_in_a_keras_file_is_told_without_reading(tmp_path):
 
 def test_nothing_is_public_by_accident():
     assert sequential_optimizer.__all__ == [
+        "LBFGS",
         "PhaseLogger",
+        "SSBroyden",
         "SequentialOptimizer",
         "SwitchOnPlateau",
         "plot_history",

@@ -48,7 +48,15 @@ def test_examples_of_the_readme(names):
 
 
 @pytest.mark.parametrize(
-    "name", ["SequentialOptimizer", "SwitchOnPlateau", "PhaseLogger", "plot_history"]
+    "name",
+    [
+        "LBFGS",
+        "PhaseLogger",
+        "SSBroyden",
+        "SequentialOptimizer",
+        "SwitchOnPlateau",
+        "plot_history",
+    ],
 )
 def test_example_of_the_docstring(name):
     mpl.use("agg")

@@ -1,0 +1,404 @@
+"""The search that `LBFGS` and `SSBroyden` share: one gradient per call, no loss.
+
+The usual line search of a quasi-Newton method evaluates the model at several points
+before it decides on a step. Here each evaluation is a call of the optimizer, so what
+lies between two of them is state: the last accepted point x, the gradient g there, the
+direction d and the step t. The model is at the trial point x + t d, where Keras took
+the gradient h of this call:
+
+    weights that are not x + t d:   someone else has set them, the search starts there
+    h is not finite:                t <- t / 10, back to x + t d
+    h.d > 0.9 |g.d|:                t <- where the slope from g.d to h.d is zero, but
+                                    from t / 10 to t / 2, back to x + t d
+    otherwise:                      accept: x <- x + t d, g <- h
+                                    learn from the pair s = t d, y = h - g
+                                    d <- -H h, t <- min(1, learning_rate / rms(d))
+
+A pair is kept if its curvature y.s is positive beyond rounding. Where H gives no finite
+direction downhill it is forgotten, and d is the steepest descent. After ten trial
+points in a row the next is accepted; without a finite gradient the search goes back to
+x, forgets H, and tries the steepest descent.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from sequential_optimizer import _gradients, _keras
+from sequential_optimizer._vectors import (
+    EPSILON,
+    check_shape,
+    check_variable,
+    flat,
+    flat_gradient,
+    native,
+    set_flat,
+)
+
+_MAX_REJECTIONS = 10
+_MAX_SLOPE = 0.9  # at a trial point, relative to the one at the accepted point
+_MIN_CURVATURE = 1e-8  # of a pair, relative to the product of its norms
+# Below, a gradient is mostly rounding.
+_GRADIENT_TOLERANCE = {"float32": 1e-7, "float64": 1e-10}
+
+_LENGTH = "`learning_rate` limits the length of a step instead."
+_AVERAGE = "Average the weights in the phase before, or on a `SequentialOptimizer`."
+# What of the base class would change gradients or weights behind the search's back.
+_REFUSED = {
+    "clipnorm": _LENGTH,
+    "clipvalue": _LENGTH,
+    "global_clipnorm": _LENGTH,
+    "use_ema": _AVERAGE,
+    "ema_overwrite_frequency": _AVERAGE,
+    "weight_decay": "Add the penalty to the loss, with a `kernel_regularizer` say.",
+}
+
+# AutoGraph leaves the code of Keras as it is, and would otherwise rewrite ours.
+_not_autographed = tf.autograph.experimental.do_not_convert
+
+
+class Pair(NamedTuple):
+    """What the step between two accepted points tells of the curvature.
+
+    Attributes:
+        step: vector s, the difference of the points.
+        change: vector y, the difference of the gradients.
+        is_kept: scalar bool, whether to learn from it.
+        earlier: scalar int64, the number of pairs in the memory before it.
+    """
+
+    step: tf.Tensor
+    change: tf.Tensor
+    is_kept: tf.Tensor
+    earlier: tf.Tensor
+
+    @property
+    def count(self) -> tf.Tensor:
+        """The number of pairs in the memory after it."""
+        return self.earlier + tf.cast(self.is_kept, self.earlier.dtype)
+
+
+class _Search(NamedTuple):
+    """The state of the search; its vectors hold all weights, one after the other."""
+
+    point: Any  # x
+    gradient: Any  # g
+    direction: Any  # d
+    step: Any  # t, zero if there is no trial point
+    rejected: Any  # trial points in a row
+    pairs: Any  # in the memory
+
+
+class _Verdict(NamedTuple):
+    """What is done with a trial point: one of these, or else it is rejected."""
+
+    accepts: tf.Tensor
+    stays: tf.Tensor  # without a finite gradient and an earlier point
+    resets: tf.Tensor  # without a finite gradient for too long
+
+
+class QuasiNewton(keras.optimizers.Optimizer):
+    """Base class; a subclass is a memory of the curvature."""
+
+    def __init__(
+        self,
+        learning_rate: Any,
+        gradient_tolerance: float | None,
+        name: str | None,
+        loss_scale_factor: float | None,
+        gradient_accumulation_steps: int | None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(learning_rate, int | float) and not learning_rate >= 0:
+            raise ValueError(
+                "`learning_rate` must not be negative. "
+                f"Received: learning_rate={learning_rate!r}. Pass the largest change "
+                "of the weights in a step, 1e-2 say."
+            )
+        if gradient_tolerance is not None and not (
+            isinstance(gradient_tolerance, float) and gradient_tolerance >= 0
+        ):
+            raise ValueError(
+                "`gradient_tolerance` must be a float >= 0, or `None`. "
+                f"Received: gradient_tolerance={gradient_tolerance!r}. Pass the "
+                "largest derivative that counts as zero, or 0.0."
+            )
+        super().__init__(
+            learning_rate=learning_rate,
+            name=name,
+            loss_scale_factor=loss_scale_factor,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            **kwargs,
+        )
+        self.gradient_tolerance = gradient_tolerance
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        for name, remedy in _REFUSED.items():
+            value = getattr(self, name)
+            if value not in (None, False):
+                raise ValueError(
+                    f"`{name}` must not be set, because the search learns from how "
+                    "its own steps change the gradient. "
+                    f"Received: {name}={value!r} on `{self.name}`. {remedy}"
+                )
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns what `from_config` creates the same optimizer from."""
+        config = super().get_config()
+        kept = (
+            "name",
+            "learning_rate",
+            "loss_scale_factor",
+            "gradient_accumulation_steps",
+        )
+        return {
+            **{key: config[key] for key in kept},
+            "gradient_tolerance": self.gradient_tolerance,
+        }
+
+    def _add_memory(self, size: int, dtype: str) -> list[keras.Variable]:
+        """Creates the variables of the memory, for so many weights."""
+        raise NotImplementedError
+
+    def _learn(
+        self,
+        memory: Sequence[tf.Variable],
+        pair: Pair,
+        inverse: tf.Tensor,
+        gradient: tf.Tensor,
+    ) -> tf.Tensor:
+        """Learns from a pair; returns H times `gradient`, unless there is no pair.
+
+        Args:
+            memory: the variables of `_add_memory`.
+            pair: the pair.
+            inverse: vector, the inverse of H as it was, times the step of the pair.
+            gradient: vector.
+        """
+        raise NotImplementedError
+
+    # --- build -------------------------------------------------------------------
+
+    def build(self, variables: Iterable[Any]) -> None:
+        """Creates the state of the search.
+
+        Args:
+            variables: list of the variables to train.
+
+        Raises:
+            ValueError: if a variable has a constraint, is not of floats, or has an
+                unknown shape, or if there are too many weights for the memory.
+        """
+        if self.built:
+            return
+        variables = list(variables)
+        for variable in variables:
+            check_variable(variable)
+        size = sum(math.prod(variable.shape) for variable in variables)
+        dtypes = {keras.backend.standardize_dtype(v.dtype) for v in variables}
+        dtype = "float64" if "float64" in dtypes else "float32"
+        self._memory = self._add_memory(size, dtype)
+
+        def add(name: str, shape: tuple[int, ...] = (), dtype: str = dtype) -> Any:
+            return self.add_variable(shape=shape, dtype=dtype, name=name)
+
+        self._search = _Search(
+            point=add("point", (size,)),
+            gradient=add("gradient", (size,)),
+            direction=add("direction", (size,)),
+            step=add("step"),
+            rejected=add("rejected", dtype="int64"),
+            pairs=add("pairs", dtype="int64"),
+        )
+        super().build(variables)
+
+    # --- apply -------------------------------------------------------------------
+
+    @_not_autographed
+    def apply(
+        self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None
+    ) -> None:
+        """Judges the point that the model is at, and moves it to the next one.
+
+        Args:
+            grads: list of gradients: tensors or `tf.IndexedSlices` with the shape of
+                their variable, or `None`, which counts as zero.
+            trainable_variables: list of the variables, in the order of `grads`.
+                Defaults to those that the optimizer was built on; a variable that
+                is left out counts as one without a gradient.
+
+        Raises:
+            ValueError: if a gradient has another shape than its variable.
+        """
+        self._check_settings()
+        grads = list(grads)
+        if trainable_variables is None and self.built:
+            trainable_variables = _keras.trained_variables(self)
+        if grads and trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+            _gradients.check_gradients(grads, trainable_variables)
+            for gradient, variable in zip(grads, trainable_variables, strict=True):
+                check_shape(gradient, variable)
+        super().apply(grads, trainable_variables)
+
+    # Keras calls it once for all replicas, with the sums of their gradients.
+    def _distributed_tf_update_step(
+        self,
+        distribution: tf.distribute.Strategy,
+        grads_and_vars: Sequence[tuple[Any, Any]],
+        learning_rate: Any,
+    ) -> None:
+        found = {_keras.key_of(self, v): gradient for gradient, v in grads_and_vars}
+        variables = _keras.trained_variables(self)
+        distribution.extended.update(
+            self._search.point.value,
+            self._update,
+            args=(
+                [found.get(_keras.key_of(self, v)) for v in variables],
+                [native(v) for v in variables],
+                [variable.value for variable in self._search],
+                [variable.value for variable in self._memory],
+                learning_rate,
+            ),
+            group=False,
+        )
+
+    def _update(
+        self,
+        _: tf.Variable,
+        grads: list[Any],
+        variables: list[tf.Variable],
+        slots: list[tf.Variable],
+        memory: list[tf.Variable],
+        learning_rate: Any,
+    ) -> None:
+        """Judges the trial point and moves the weights to the next one."""
+        search = _Search(*(tf.convert_to_tensor(slot) for slot in slots))
+        dtype = search.point.dtype
+        found = flat_gradient(grads, variables, dtype)
+        trial, is_trial = _trial(search, variables)
+        verdict = _judge(search, found, is_trial)
+
+        step, change = search.step * search.direction, found - search.gradient
+        enough = _MIN_CURVATURE * _norm(step) * _norm(change)
+        is_kept = verdict.accepts & is_trial & (dot(step, change) > enough)
+        pair = Pair(step, change, is_kept, search.pairs)
+        gradient = tf.where(verdict.accepts, found, search.gradient)
+        inverse = -search.step * search.gradient
+        product = self._learn(memory, pair, inverse, gradient)
+
+        tolerance = self.gradient_tolerance
+        if tolerance is None:
+            tolerance = _GRADIENT_TOLERANCE[dtype.name]
+        is_converged = verdict.accepts & (tf.reduce_max(tf.abs(found)) <= tolerance)
+        turns = verdict.accepts | verdict.resets
+        rejects = ~turns & ~verdict.stays
+        is_usable = (pair.count > 0) & _is_downhill(product, gradient) & ~verdict.resets
+        descent = -tf.where(is_usable, product, _steepest(gradient))
+        direction = tf.where(turns, descent, search.direction)
+        step = tf.where(
+            turns,
+            _largest_step(direction, tf.cast(learning_rate, dtype)),
+            _shorter_step(search, found),
+        )
+        after = _Search(
+            point=tf.where(verdict.accepts | verdict.stays, trial, search.point),
+            gradient=gradient,
+            direction=direction,
+            step=tf.where(verdict.stays | is_converged, tf.zeros_like(step), step),
+            rejected=tf.where(rejects, search.rejected + 1, 0),
+            pairs=tf.where(is_usable | is_converged | ~turns, pair.count, 0),
+        )
+        for slot, value in zip(slots, after, strict=True):
+            slot.assign(value)
+        set_flat(variables, after.point + after.step * after.direction)
+
+    @_not_autographed
+    def finalize_variable_values(self, var_list: Iterable[Any]) -> None:
+        """Goes back from a trial point that nobody judged, as `fit` does at its end.
+
+        Args:
+            var_list: list of the variables that the optimizer was built on.
+        """
+        search = _Search(*(tf.convert_to_tensor(slot) for slot in self._search))
+        variables = [native(v) for v in _keras.trained_variables(self)]
+        trial, is_trial = _trial(search, variables)
+        point = tf.where(is_trial, search.point, trial)
+        self.assign(self._search.point, point)
+        self.assign(self._search.step, tf.zeros_like(search.step))
+        set_flat(variables, point)
+
+
+# --- the steps of `_update` --------------------------------------------------------
+
+
+def _trial(
+    search: _Search, variables: list[tf.Variable]
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns where the weights are, and whether it is where the search put them."""
+    weights = flat(variables, search.point.dtype)
+    step = search.step * search.direction
+    trial = search.point + step
+    # A compiler may round `trial` once more or less than when it was assigned.
+    rounding = 4 * EPSILON[search.point.dtype.name] * (tf.abs(trial) + tf.abs(step))
+    coarsest = max(EPSILON[variable.dtype.name] for variable in variables)
+    rounding += coarsest * tf.abs(trial)
+    is_there = tf.reduce_all(tf.abs(weights - trial) <= rounding)
+    # If it is, without the rounding to the weights' own type.
+    return tf.where(is_there, trial, weights), is_there & (search.step > 0)
+
+
+def _judge(search: _Search, gradient: tf.Tensor, is_trial: tf.Tensor) -> _Verdict:
+    is_finite = tf.math.is_finite(dot(gradient, gradient))
+    limit = _MAX_SLOPE * tf.abs(dot(search.gradient, search.direction))
+    overshot = dot(gradient, search.direction) > limit
+    has_patience = search.rejected < _MAX_REJECTIONS
+    return _Verdict(
+        accepts=is_finite & ~(is_trial & overshot & has_patience),
+        stays=~is_finite & ~is_trial,
+        resets=~is_finite & is_trial & ~has_patience,
+    )
+
+
+def _shorter_step(search: _Search, gradient: tf.Tensor) -> tf.Tensor:
+    """Returns the step after one that went too far."""
+    before = dot(search.gradient, search.direction)
+    behind = dot(gradient, search.direction)
+    secant = search.step * before / (before - behind)
+    shortest, longest = search.step / 10, search.step / 2
+    # Not a number if the gradient is not finite, which the minimum would hand on.
+    secant = tf.where(tf.math.is_finite(secant), secant, shortest)
+    return tf.clip_by_value(secant, shortest, longest)
+
+
+def _largest_step(direction: tf.Tensor, learning_rate: tf.Tensor) -> tf.Tensor:
+    """Returns the step that changes the weights by `learning_rate` at most."""
+    length = _norm(direction)
+    longest = learning_rate * math.sqrt(direction.shape[0])
+    return tf.where(length > longest, longest / length, 1)
+
+
+def _steepest(gradient: tf.Tensor) -> tf.Tensor:
+    """Returns the first direction, upwards: of a length that is not out of scale."""
+    return gradient * tf.minimum(1 / tf.reduce_sum(tf.abs(gradient)), 1)
+
+
+def _is_downhill(product: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
+    slope = dot(product, gradient)
+    return (
+        (slope > 0)
+        & tf.math.is_finite(slope)
+        & tf.math.is_finite(dot(product, product))
+    )
+
+
+def dot(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_sum(a * b)
+
+
+def _norm(vector: tf.Tensor) -> tf.Tensor:
+    return tf.sqrt(dot(vector, vector))

@@ -1,0 +1,84 @@
+"""All weights of a model as one vector."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+# Of the types that weights may have: the distance from 1 to the next number.
+EPSILON = {"float16": 2**-10, "bfloat16": 2**-7, "float32": 2**-23, "float64": 2**-52}
+
+
+def check_variable(variable: Any) -> None:
+    """Raises ValueError unless a variable can be searched over."""
+    name = getattr(variable, "path", variable.name)
+    dtype = keras.backend.standardize_dtype(variable.dtype)
+    if dtype not in EPSILON or getattr(variable, "overwrite_with_gradient", False):
+        raise ValueError(
+            f"A quasi-Newton method needs weights of type {', '.join(EPSILON)}, which "
+            f"only it changes. Received: `{name}` of type {dtype}. Freeze the layer, "
+            "or take another optimizer."
+        )
+    if getattr(variable, "constraint", None) is not None:
+        raise ValueError(
+            "A quasi-Newton method cannot keep a constraint, which would move the "
+            f"weights away from its search. Received: `{name}` with "
+            f"{variable.constraint}. Add a penalty to the loss instead, or freeze "
+            "the layer."
+        )
+    if not tf.TensorShape(variable.shape).is_fully_defined():
+        raise ValueError(
+            "A quasi-Newton method needs the shape of each variable. Received: "
+            f"`{name}` of shape {variable.shape}. Create it with a shape that is known."
+        )
+
+
+def check_shape(gradient: Any, variable: Any) -> None:
+    """Raises ValueError if a gradient is not one of this variable."""
+    if gradient is None:
+        return
+    shape = tf.TensorShape(variable.shape)
+    if isinstance(gradient, tf.IndexedSlices):
+        found = shape[:1].concatenate(gradient.values.shape[1:])
+    else:
+        found = tf.convert_to_tensor(gradient).shape
+    if not found.is_compatible_with(shape):
+        raise ValueError(
+            "Each entry of `grads` must have the shape of its variable. Received: "
+            f"{found} for `{getattr(variable, 'path', variable.name)}` of shape "
+            f"{shape}. Pass the gradient of a scalar loss with respect to the variable."
+        )
+
+
+def native(variable: Any) -> tf.Variable:
+    """Returns the variable of TensorFlow that a variable of Keras wraps."""
+    # Not `isinstance`: in older versions of Keras the variables of layers are of the
+    # class that `keras.Variable` is derived from.
+    return variable.value if hasattr(variable, "path") else variable
+
+
+def flat(variables: Iterable[tf.Variable], dtype: tf.DType) -> tf.Tensor:
+    return tf.concat([tf.reshape(tf.cast(v, dtype), [-1]) for v in variables], axis=0)
+
+
+def flat_gradient(
+    grads: Iterable[Any], variables: Iterable[tf.Variable], dtype: tf.DType
+) -> tf.Tensor:
+    parts = []
+    for gradient, variable in zip(grads, variables, strict=True):
+        if gradient is None:
+            gradient = tf.zeros(variable.shape, dtype)
+        elif isinstance(gradient, tf.IndexedSlices):
+            gradient = tf.math.unsorted_segment_sum(
+                gradient.values, gradient.indices, variable.shape[0]
+            )
+        size = variable.shape.num_elements()
+        parts.append(tf.reshape(tf.cast(gradient, dtype), [size]))
+    return tf.concat(parts, axis=0)
+
+
+def set_flat(variables: Sequence[tf.Variable], values: tf.Tensor) -> None:
+    sizes = [variable.shape.num_elements() for variable in variables]
+    for variable, part in zip(variables, tf.split(values, sizes), strict=True):
+        variable.assign(tf.cast(tf.reshape(part, variable.shape), variable.dtype))

@@ -1,0 +1,216 @@
+"""Limited-memory BFGS with one gradient per call."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from sequential_optimizer._quasi_newton import Pair, QuasiNewton
+
+
+@keras.saving.register_keras_serializable(package="sequential_optimizer")
+class LBFGS(QuasiNewton):
+    """L-BFGS for full batches: fast convergence at the end of training.
+
+    Learns the curvature of the loss from its last `history_size` steps. One gradient
+    per step and nothing else: no closure, no line search that evaluates the model, no
+    value of the loss. So it works in `fit`, in custom loops, under XLA, and as a phase
+    of a `SequentialOptimizer`, after Adam say.
+
+    **Update.** With g the gradient at the last accepted point x,
+
+        d = -H g
+        x + t d,  t = min(1, learning_rate / rms(d))
+
+    is the next point. At most of them the step is accepted. If the slope along d is
+    positive there and more than 0.9 of what it was, negative, at x, the step was too
+    long: t becomes the root of the secant of the two slopes, between t / 10 and t / 2.
+    So it is tried again with t / 10 if the gradient is not finite. H comes from the
+    pairs of steps s and changes of the gradient y, in rows of S and Y, by the compact
+    form of Byrd, Nocedal and Schnabel (Math. Programming 63, 1994, theorem 2.2), with
+    R the upper triangle of S Y', D its diagonal, and c = s.y / y.y of the last pair:
+
+        H g = c g + S' p - c Y' q
+        q = R^-1 S g
+        p = R'^-1 ((D + c Y Y') q - c Y g)
+
+    Pairs without positive curvature are left out. If H fails it is forgotten, and the
+    next step is the steepest descent.
+
+    **Full batch.** Two gradients can only be compared if they are of the same function:
+    feed all data in each step. If they do not fit into memory, let
+    `gradient_accumulation_steps` be the number of batches per epoch; then each epoch
+    is one step, exact if the batches are equally large and the same in each epoch. In
+    a `SequentialOptimizer` its phase has to start at the end of an epoch. Mini-batches,
+    Dropout and augmentation make of the changes of the gradient noise: steps are
+    rejected, and Adam is better.
+
+    **Memory.** (2 `history_size` + 3) n numbers for n weights, in float32, or float64
+    if a weight is: 412 MB for a million weights in float32 at the default. `SSBroyden`
+    needs fewer steps and n^2 numbers; take it up to some thousand weights.
+
+    **Points that are only tried.** In the middle of training the model may be at a
+    point that turns out to be too far. At the end of `fit`, `finalize_variable_values`
+    goes back to the last accepted one; what `ModelCheckpoint` saves on the way may be
+    such a point, with all that is needed to go on. Whenever something else has set the
+    weights, the search starts from there, with what it has learned.
+
+    Example:
+
+    >>> import tensorflow as tf
+    >>> from sequential_optimizer import LBFGS
+    >>> weight = tf.Variable([-1.2, 1.0])
+    >>> optimizer = LBFGS(learning_rate=0.1)
+    >>> for _ in range(60):
+    ...     with tf.GradientTape() as tape:
+    ...         a, b = tf.unstack(weight)
+    ...         loss = 100 * (b - a**2) ** 2 + (1 - a) ** 2
+    ...     optimizer.apply([tape.gradient(loss, weight)], [weight])
+    >>> print(weight.numpy().round(2))
+    [1. 1.]
+
+    Args:
+        learning_rate: float, `keras.optimizers.schedules.LearningRateSchedule`, or a
+            callable: the largest step, as the root mean square of what it changes the
+            weights by. Defaults to 1e-2; 1e-3 to 3e-2 suit most networks, and more
+            where the weights have far to go.
+        history_size: int >= 1, the number of steps to learn from. Defaults to 50.
+        gradient_tolerance: float >= 0. Where no derivative is larger the search has
+            converged, and stays. Defaults to 1e-7, or 1e-10 if a weight is a float64.
+        name: string, the name of the optimizer. Defaults to one made from the class
+            name.
+        loss_scale_factor: float that the loss is multiplied and the gradients are
+            divided by, or `None` (the default).
+        gradient_accumulation_steps: int >= 2, the number of calls whose mean gradient
+            is one evaluation, or `None` (the default).
+        **kwargs: the other arguments of `keras.optimizers.Optimizer`, all of which
+            are refused unless they are `None` or `False`.
+
+    Raises:
+        ValueError: if an argument breaks one of these rules; when it is built, if a
+            variable has a constraint, an unknown shape, or no floats.
+    """
+
+    def __init__(
+        self,
+        learning_rate: Any = 1e-2,
+        history_size: int = 50,
+        gradient_tolerance: float | None = None,
+        name: str | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if type(history_size) is not int or history_size < 1:
+            raise ValueError(
+                "`history_size` must be an integer >= 1. "
+                f"Received: history_size={history_size!r}. Pass the number of steps "
+                "to learn from, 10 to 100 as a rule."
+            )
+        super().__init__(
+            learning_rate=learning_rate,
+            gradient_tolerance=gradient_tolerance,
+            name=name,
+            loss_scale_factor=loss_scale_factor,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            **kwargs,
+        )
+        self.history_size = history_size
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns what `from_config` creates the same optimizer from."""
+        return {**super().get_config(), "history_size": self.history_size}
+
+    def _add_memory(self, size: int, dtype: str) -> list[keras.Variable]:
+        m = self.history_size
+        shapes = {
+            "steps": (m, size),
+            "changes": (m, size),
+            "steps_by_changes": (m, m),
+            "changes_by_changes": (m, m),
+        }
+        return [
+            self.add_variable(shape=shape, dtype=dtype, name=name)
+            for name, shape in shapes.items()
+        ]
+
+    def _learn(
+        self,
+        memory: Sequence[tf.Variable],
+        pair: Pair,
+        inverse: tf.Tensor,
+        gradient: tf.Tensor,
+    ) -> tf.Tensor:
+        # The rows are a ring: the newest pair takes the place of the oldest.
+        row = pair.earlier % self.history_size
+        steps, changes = memory[:2]
+        _set_row(steps, row, pair.step, pair.is_kept)
+        _set_row(changes, row, pair.change, pair.is_kept)
+        self._update_products(memory, pair, row)
+        return self._multiply(memory, pair.count, gradient)
+
+    def _update_products(
+        self, memory: Sequence[tf.Variable], pair: Pair, row: tf.Tensor
+    ) -> None:
+        steps, changes, by_steps, by_changes = memory
+        is_new = (tf.range(self.history_size, dtype=row.dtype) == row) & pair.is_kept
+        # Of S Y' only the upper triangle counts: no row of it is new, but a column.
+        column = tf.linalg.matvec(steps, pair.change)
+        by_steps.assign(tf.where(is_new, column[:, tf.newaxis], by_steps))
+        column = tf.linalg.matvec(changes, pair.change)
+        new = tf.where(is_new, column[:, tf.newaxis], by_changes)
+        by_changes.assign(tf.where(is_new[:, tf.newaxis], column, new))
+
+    def _multiply(
+        self, memory: Sequence[tf.Variable], count: tf.Tensor, vector: tf.Tensor
+    ) -> tf.Tensor:
+        """Returns H times a vector, in the compact form; see the class."""
+        steps, changes, *products = memory
+        m = self.history_size
+        ages = tf.range(m, dtype=count.dtype)
+        oldest_first = (count + ages) % m
+        is_filled = ages >= m - count
+        identity = tf.eye(m, dtype=vector.dtype)
+
+        def ordered(rows: tf.Tensor) -> tf.Tensor:
+            return tf.where(is_filled, tf.gather(rows, oldest_first, axis=-1), 0)
+
+        sy, yy = (
+            tf.where(
+                is_filled[:, tf.newaxis] & is_filled,
+                tf.gather(tf.gather(product, oldest_first), oldest_first, axis=1),
+                identity,
+            )
+            for product in products
+        )
+        r = tf.linalg.band_part(sy, 0, -1)
+        scale = sy[-1, -1] / yy[-1, -1]
+        q = _solve(r, ordered(tf.linalg.matvec(steps, vector)))
+        p = tf.linalg.diag_part(r) * q + scale * (
+            tf.linalg.matvec(yy, q) - ordered(tf.linalg.matvec(changes, vector))
+        )
+        p = _solve(r, p, adjoint=True)
+        as_stored = (ages - count) % m
+        return (
+            scale * vector
+            + tf.linalg.matvec(steps, tf.gather(p, as_stored), transpose_a=True)
+            - scale
+            * tf.linalg.matvec(changes, tf.gather(q, as_stored), transpose_a=True)
+        )
+
+
+def _set_row(
+    matrix: tf.Variable, row: tf.Tensor, value: tf.Tensor, is_set: tf.Tensor
+) -> None:
+    """Sets a row, without a copy of the others."""
+    value = tf.where(is_set, value, tf.gather(matrix, row))
+    matrix.scatter_update(tf.IndexedSlices(value, row))
+
+
+def _solve(triangle: tf.Tensor, right: tf.Tensor, adjoint: bool = False) -> tf.Tensor:
+    """Solves a system of an upper triangle, or of its transpose."""
+    columns = tf.linalg.triangular_solve(
+        triangle, right[:, tf.newaxis], lower=False, adjoint=adjoint
+    )
+    return columns[:, 0]

@@ -1,0 +1,123 @@
+"""Problems whose answers are published, or known on paper."""
+
+import functools
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from sequential_optimizer import LBFGS, SSBroyden
+from tests.quasi_newton.problems import PROBLEMS
+
+METHODS = {"LBFGS": LBFGS, "SSBroyden": SSBroyden}
+
+
+def gradients_needed(optimizer, loss, start, is_solved, most, dtype="float64"):
+    """Returns the number of gradients until a loss is solved, and the weights."""
+    weight = tf.Variable(start, dtype=dtype)
+    optimizer.build([weight])
+
+    @tf.function(autograph=False)
+    def step():
+        with tf.GradientTape() as tape:
+            value = loss(weight)
+        gradient = tape.gradient(value, weight)
+        before = tf.identity(weight)
+        optimizer.apply([gradient], [weight])
+        return value, before
+
+    for calls in range(1, most + 1):
+        value, before = step()
+        if is_solved(value.numpy()):
+            return calls, before.numpy()
+    raise AssertionError(f"still {value.numpy()} after {most} gradients")
+
+
+def is_solved(problem, value):
+    tolerance = 1e-5 * problem.minimum if problem.minimum else 1e-8
+    return value <= problem.minimum + tolerance
+
+
+@functools.cache
+def gradients_for(name, method):
+    """Returns how many gradients it takes to a published minimum."""
+    problem = PROBLEMS[name]
+    optimizer = METHODS[method](learning_rate=0.1)
+    calls, _ = gradients_needed(
+        optimizer, problem.loss, problem.start, lambda v: is_solved(problem, v), 400
+    )
+    return calls
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("method", METHODS)
+def test_reaches_the_published_minimum(method, name):
+    gradients_for(name, method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_third_point_solves_an_isotropic_quadratic(method):
+    # The first pair tells the curvature, and H is exact after it.
+    target = np.arange(5.0)
+    calls, solution = gradients_needed(
+        METHODS[method](learning_rate=100.0),
+        lambda x: 3 * tf.reduce_sum((x - target) ** 2),
+        np.zeros(5),
+        lambda value: value < 1e-25,
+        most=3,
+    )
+    assert calls == 3
+    np.testing.assert_allclose(solution, target, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_solves_a_quadratic_of_n_in_a_few_times_n_steps(method):
+    # n steps would take an exact line search. Gradient descent takes 10,000.
+    curvatures = np.logspace(0, 3, 10)
+    calls, _ = gradients_needed(
+        METHODS[method](learning_rate=1.0),
+        lambda x: tf.reduce_sum(curvatures * x**2),
+        np.ones(10),
+        lambda value: value < 1e-10,
+        most=1000,
+    )
+    assert calls <= 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_needs_about_as_many_gradients_as_scipy(method):
+    # SciPy's line search evaluates the model until it likes a step. Here a point that
+    # is rejected is an evaluation as well.
+    ratios = {
+        name: gradients_for(name, method) / scipy_gradients(name) for name in PROBLEMS
+    }
+    assert np.median(list(ratios.values())) < 1.5, ratios
+
+
+@functools.cache
+def scipy_gradients(name):
+    """Returns after how many gradients the better of SciPy's two methods is there."""
+    optimize = pytest.importorskip("scipy.optimize")
+    problem = PROBLEMS[name]
+
+    @tf.function(autograph=False)
+    def value_and_gradient(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            value = problem.loss(x)
+        return value, tape.gradient(value, x)
+
+    def count(method):
+        values = []
+
+        def evaluate(x):
+            value, gradient = value_and_gradient(tf.constant(x))
+            values.append(value.numpy())
+            return values[-1], gradient.numpy()
+
+        optimize.minimize(evaluate, problem.start, jac=True, method=method, tol=1e-12)
+        solved = (i for i, v in enumerate(values, start=1) if is_solved(problem, v))
+        return next(solved, np.inf)
+
+    return min(count(method) for method in ("L-BFGS-B", "BFGS"))
