@@ -121,3 +121,61 @@ def scipy_gradients(name):
         return next(solved, np.inf)
 
     return min(count(method) for method in ("L-BFGS-B", "BFGS"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_logistic_regression_finds_what_scikit_learn_finds(method):
+    datasets = pytest.importorskip("sklearn.datasets")
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    x, labels = datasets.load_breast_cancer(return_X_y=True)
+    x = (x - x.mean(axis=0)) / x.std(axis=0)
+    model = linear_model.LogisticRegression(fit_intercept=False, tol=1e-12)
+    expected = model.fit(x, labels).coef_[0]
+
+    def loss(weight):
+        logits = tf.linalg.matvec(x, weight)
+        losses = tf.nn.sigmoid_cross_entropy_with_logits(labels * 1.0, logits)
+        return tf.reduce_sum(losses) + tf.reduce_sum(weight**2) / 2
+
+    optimum = loss(tf.constant(expected)).numpy()
+    _, weight = gradients_needed(
+        METHODS[method](learning_rate=0.1),
+        loss,
+        np.zeros(30),
+        lambda value: value < optimum + 1e-9,
+        most=100,
+    )
+    np.testing.assert_allclose(weight, expected, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_matrix_stays_symmetric_and_positive_for_100000_steps():
+    # In float32, at a loss that is all rounding for most of the time.
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-1, 1, size=(64, 1)).astype("float32")
+    y = np.sin(6 * x)
+    shapes = [(1, 8), (8,), (8, 8), (8,), (8, 1)]
+    weights = [tf.Variable(rng.normal(0, 0.7, s), dtype="float32") for s in shapes]
+    optimizer = SSBroyden(gradient_tolerance=0.0)
+    optimizer.build(weights)
+
+    def loss():
+        hidden = tf.tanh(x @ weights[0] + weights[1])
+        hidden = tf.tanh(hidden @ weights[2] + weights[3])
+        return tf.reduce_mean((hidden @ weights[4] - y) ** 2)
+
+    @tf.function(jit_compile=True)
+    def train():
+        for _ in tf.range(10_000):
+            with tf.GradientTape() as tape:
+                value = loss()
+            optimizer.apply(tape.gradient(value, weights), weights)
+
+    matrix = next(v for v in optimizer.variables if v.name == "inverse")
+    for _ in range(10):
+        train()
+        h = matrix.numpy().astype(np.float64)
+        np.testing.assert_array_equal(h, h.T)
+        assert np.linalg.eigvalsh(h)[0] > 0
+    optimizer.finalize_variable_values(weights)
+    assert loss() < 1e-8
