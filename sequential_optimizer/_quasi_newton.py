@@ -199,8 +199,8 @@ class QuasiNewton(keras.optimizers.Optimizer):
         for variable in variables:
             check_variable(variable)
         size = sum(math.prod(variable.shape) for variable in variables)
-        dtypes = {keras.backend.standardize_dtype(v.dtype) for v in variables}
-        dtype = "float64" if "float64" in dtypes else "float32"
+        dtypes = {tf.as_dtype(v.dtype) for v in variables}
+        dtype = "float64" if tf.float64 in dtypes else "float32"
         self._memory = self._add_memory(size, dtype)
 
         def add(name: str, shape: tuple[int, ...] = (), dtype: str = dtype) -> Any:

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 # Of the types that weights may have: the distance from 1 to the next number.
@@ -13,7 +12,7 @@ EPSILON = {"float16": 2**-10, "bfloat16": 2**-7, "float32": 2**-23, "float64": 2
 def check_variable(variable: Any) -> None:
     """Raises ValueError unless a variable can be searched over."""
     name = getattr(variable, "path", variable.name)
-    dtype = keras.backend.standardize_dtype(variable.dtype)
+    dtype = tf.as_dtype(variable.dtype).name
     if dtype not in EPSILON or getattr(variable, "overwrite_with_gradient", False):
         raise ValueError(
             f"A quasi-Newton method needs weights of type {', '.join(EPSILON)}, which "
