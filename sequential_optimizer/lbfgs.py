@@ -142,39 +142,53 @@ class LBFGS(QuasiNewton):
         inverse: tf.Tensor,
         gradient: tf.Tensor,
     ) -> tf.Tensor:
+        steps, changes, steps_by_changes, changes_by_changes = memory
         # The rows are a ring: the newest pair takes the place of the oldest.
         row = pair.earlier % self.history_size
-        steps, changes = memory[:2]
-        _set_row(steps, row, pair.step, pair.is_kept)
-        _set_row(changes, row, pair.change, pair.is_kept)
-        self._update_products(memory, pair, row)
-        return self._multiply(memory, pair.count, gradient)
-
-    def _update_products(
-        self, memory: Sequence[tf.Variable], pair: Pair, row: tf.Tensor
-    ) -> None:
-        steps, changes, by_steps, by_changes = memory
         is_new = (tf.range(self.history_size, dtype=row.dtype) == row) & pair.is_kept
-        # Of S Y' only the upper triangle counts: no row of it is new, but a column.
-        column = tf.linalg.matvec(steps, pair.change)
-        by_steps.assign(tf.where(is_new, column[:, tf.newaxis], by_steps))
-        column = tf.linalg.matvec(changes, pair.change)
-        new = tf.where(is_new, column[:, tf.newaxis], by_changes)
-        by_changes.assign(tf.where(is_new[:, tf.newaxis], column, new))
+        # All rows are written, because to set one XLA copies the matrix twice where
+        # this is the branch of a switch.
+        for matrix, vector in ((steps, pair.step), (changes, pair.change)):
+            matrix.assign(tf.where(is_new[:, tf.newaxis], vector, matrix))
 
-    def _multiply(
-        self, memory: Sequence[tf.Variable], count: tf.Tensor, vector: tf.Tensor
-    ) -> tf.Tensor:
-        """Returns H times a vector, in the compact form; see the class."""
-        steps, changes, *products = memory
+        # Each matrix is read once for both vectors.
+        both = tf.stack([pair.change, gradient])
+        s_y, s_g = tf.unstack(tf.matmul(steps, both, transpose_b=True), axis=1)
+        y_y, y_g = tf.unstack(tf.matmul(changes, both, transpose_b=True), axis=1)
+        # Of S Y' only the upper triangle counts: no row of it is new, but a column.
+        sy = tf.where(is_new, s_y[:, tf.newaxis], steps_by_changes)
+        yy = tf.where(is_new, y_y[:, tf.newaxis], changes_by_changes)
+        yy = tf.where(is_new[:, tf.newaxis], y_y, yy)
+        steps_by_changes.assign(sy)
+        changes_by_changes.assign(yy)
+
+        scale, p, q = self._coefficients(pair.count, sy, yy, s_g, y_g)
+        product = scale * gradient + tf.linalg.matvec(steps, p, transpose_a=True)
+        return product + tf.linalg.matvec(changes, -scale * q, transpose_a=True)
+
+    def _coefficients(
+        self,
+        count: tf.Tensor,
+        sy: tf.Tensor,
+        yy: tf.Tensor,
+        sg: tf.Tensor,
+        yg: tf.Tensor,
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Returns c, p and q of the compact form; see the class.
+
+        Args:
+            count: scalar, the number of pairs so far.
+            sy, yy: the matrices S Y' and Y Y', in the order of the ring.
+            sg, yg: the vectors S g and Y g, in the order of the ring.
+        """
         m = self.history_size
         ages = tf.range(m, dtype=count.dtype)
         oldest_first = (count + ages) % m
         is_filled = ages >= m - count
-        identity = tf.eye(m, dtype=vector.dtype)
+        identity = tf.eye(m, dtype=sy.dtype)
 
-        def ordered(rows: tf.Tensor) -> tf.Tensor:
-            return tf.where(is_filled, tf.gather(rows, oldest_first, axis=-1), 0)
+        def ordered(vector: tf.Tensor) -> tf.Tensor:
+            return tf.where(is_filled, tf.gather(vector, oldest_first), 0)
 
         sy, yy = (
             tf.where(
@@ -182,30 +196,16 @@ class LBFGS(QuasiNewton):
                 tf.gather(tf.gather(product, oldest_first), oldest_first, axis=1),
                 identity,
             )
-            for product in products
+            for product in (sy, yy)
         )
         r = tf.linalg.band_part(sy, 0, -1)
         scale = sy[-1, -1] / yy[-1, -1]
-        q = _solve(r, ordered(tf.linalg.matvec(steps, vector)))
-        p = tf.linalg.diag_part(r) * q + scale * (
-            tf.linalg.matvec(yy, q) - ordered(tf.linalg.matvec(changes, vector))
-        )
+        q = _solve(r, ordered(sg))
+        p = tf.linalg.diag_part(r) * q
+        p += scale * (tf.linalg.matvec(yy, q) - ordered(yg))
         p = _solve(r, p, adjoint=True)
         as_stored = (ages - count) % m
-        return (
-            scale * vector
-            + tf.linalg.matvec(steps, tf.gather(p, as_stored), transpose_a=True)
-            - scale
-            * tf.linalg.matvec(changes, tf.gather(q, as_stored), transpose_a=True)
-        )
-
-
-def _set_row(
-    matrix: tf.Variable, row: tf.Tensor, value: tf.Tensor, is_set: tf.Tensor
-) -> None:
-    """Sets a row, without a copy of the others."""
-    value = tf.where(is_set, value, tf.gather(matrix, row))
-    matrix.scatter_update(tf.IndexedSlices(value, row))
+        return scale, tf.gather(p, as_stored), tf.gather(q, as_stored)
 
 
 def _solve(triangle: tf.Tensor, right: tf.Tensor, adjoint: bool = False) -> tf.Tensor:
