@@ -125,8 +125,12 @@ class SSBroyden(QuasiNewton):
         # Before the first pair there is no H, and then it is a multiple of I.
         is_first = pair.earlier == 0
         scale = ys / dot(y, y)
-        hy = tf.where(is_first, scale * y, tf.linalg.matvec(h, y))
-        hg = tf.where(is_first, scale * gradient, tf.linalg.matvec(h, gradient))
+        # H is read once for both, and before it is written, or XLA would copy it.
+        hy, hg = tf.unstack(
+            tf.matmul(h, tf.stack([y, gradient]), transpose_b=True), axis=1
+        )
+        hy = tf.where(is_first, scale * y, hy)
+        hg = tf.where(is_first, scale * gradient, hg)
         bs = tf.where(is_first, s / scale, inverse)
         yhy = dot(y, hy)
         # If rounding has made H indefinite, nothing of it is usable, which the search
@@ -136,15 +140,16 @@ class SSBroyden(QuasiNewton):
 
         first = scale * tf.eye(s.shape[0], dtype=h.dtype)
         learned, product = tf.where(is_first, first, h) / tau, hg / tau
-        # Squares, so that H stays symmetric to the last bit.
         for sign, weight, vector in (
             (-1, 1 / (tau * yhy), hy),
             (tf.sign(phi), tf.abs(phi) * yhy / tau, s / ys - hy / yhy),
             (1, 1 / ys, s),
         ):
+            # Squares of a vector, in which rounding cannot cost H its symmetry, and
+            # seldom its positive curvature.
             v = tf.sqrt(weight) * vector
             learned += sign * (v * v[:, tf.newaxis])
-            product += sign * (v * dot(v, gradient))
+            product += sign * dot(v, gradient) * v
         matrix.assign(tf.where(pair.is_kept, learned, h))
         return tf.where(pair.is_kept, product, hg)
 

@@ -95,10 +95,12 @@ class Search:
                 return "resets"
             return self._reject(self.t / 10, "not finite")
         before, behind = self.g @ self.d, h @ self.d
-        if behind > 0.9 * abs(before) and self.rejected < 10:
+        overshot = behind > 0.9 * abs(before)
+        if overshot and self.rejected < 10:
             secant = self.t * before / (before - behind)
             return self._reject(np.clip(secant, self.t / 10, self.t / 2), "overshot")
-        return self._accept(h)
+        event = self._accept(h)
+        return "gives in" if overshot else event
 
     def _reject(self, t, event):
         self.t, self.rejected = t, self.rejected + 1

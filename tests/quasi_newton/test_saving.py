@@ -19,6 +19,8 @@ MAKE = {
         [keras.optimizers.SGD(0.05), LBFGS(learning_rate=0.25, history_size=4)], [2]
     ),
 }
+# What they share is most of it, so two will do most of the time.
+SOME = ["LBFGS", "child", pytest.param("SSBroyden", marks=pytest.mark.slow)]
 WAYS = KERAS | CHECKPOINT
 CALLS = 18
 # The calls after which so many points in a row are rejected, as not finite.
@@ -56,9 +58,11 @@ def run_of(name):
     return train(make_model(MAKE[name]()), CALLS)
 
 
-@pytest.mark.parametrize("rejections", SAVED_AFTER)
+@pytest.mark.parametrize(
+    "rejections", [*(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1)), 2]
+)
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", SOME)
 def test_continues_as_if_never_saved(tmp_path, name, way, rejections):
     calls = SAVED_AFTER[rejections]
     model = make_model(MAKE[name]())
@@ -84,7 +88,7 @@ def test_fit_ends_at_the_last_accepted_point(name):
     assert [v.shape for v in optimizer_state] == [v.shape for v in state_of(model)[1]]
 
 
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", SOME)
 def test_later_fit_starts_from_there(name):
     model = make_model(MAKE[name](), jit_compile=False)
     data = make_data()
