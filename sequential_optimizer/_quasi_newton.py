@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from sequential_optimizer import _gradients, _keras
+from sequential_optimizer import _gradients, _keras, _replicas
 from sequential_optimizer._vectors import (
     EPSILON,
     check_shape,
@@ -126,6 +126,7 @@ class QuasiNewton(keras.optimizers.Optimizer):
                 f"Received: gradient_tolerance={gradient_tolerance!r}. Pass the "
                 "largest derivative that counts as zero, or 0.0."
             )
+        _replicas.check_accumulation(gradient_accumulation_steps)
         super().__init__(
             learning_rate=learning_rate,
             name=name,

@@ -41,6 +41,10 @@ ON_FOUR = (
     "test_fit_equals_two_fits_with_plain_optimizers[1]",
     "test_advance_in_every_replica_ends_one_phase[eager]",
     "test_advance_on_a_reduced_loss_is_as_in_eager_python",
+    "test_search_on_replicas_equals_that_on_one_device[LBFGS-graph]",
+    "test_search_on_replicas_equals_that_on_one_device[SSBroyden-eager]",
+    "test_search_on_replicas_equals_that_on_one_device[sequence-graph]",
+    "test_fit_on_replicas_equals_that_on_one_device[sequence]",
 )
 
 
