@@ -11,7 +11,7 @@ from sequential_optimizer import (
     SSBroyden,
     SwitchOnPlateau,
 )
-from tests.reference import assert_same, compiled, make_variables, weights_of
+from tests.helpers.oracle import assert_same, compiled, make_variables, weights_of
 
 METHODS = {"LBFGS": LBFGS, "SSBroyden": SSBroyden}
 # What is tested here is the search, which they share, so one will do most of the time.

@@ -8,9 +8,9 @@ import pytest
 import tensorflow as tf
 
 from sequential_optimizer import LBFGS, SequentialOptimizer, SSBroyden
-from tests.reference import assert_same
-from tests.saving_tools import build, make_model, state_of
-from tests.saving_ways import CHECKPOINT, KERAS
+from tests.helpers.oracle import assert_same
+from tests.helpers.saving import build, make_model, state_of
+from tests.helpers.saving_ways import CHECKPOINT, KERAS
 
 MAKE = {
     "LBFGS": lambda: LBFGS(learning_rate=0.25, history_size=4),

@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from sequential_optimizer import SequentialOptimizer, SwitchOnPlateau
+from tests.slow import full_batch
 
 Adam = keras.optimizers.Adam
 SGD = keras.optimizers.SGD
@@ -408,6 +409,12 @@ def attempt(name: str, run: Callable[..., dict], *args: Any) -> dict[str, np.nda
         return {f"{name}/error": np.array(f"{type(error).__name__}: {error}")}
 
 
+def search(strategy: tf.distribute.Strategy, name: str) -> dict[str, np.ndarray]:
+    """Trains on a full batch, of which each worker has a part."""
+    values = full_batch.train(strategy, name)
+    return {str(index): value for index, (value,) in enumerate(values)}
+
+
 # --- what is refused ---------------------------------------------------------------
 
 
@@ -455,6 +462,8 @@ def work(report: Callable, worker: int, file: str) -> None:
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     assert strategy.num_replicas_in_sync == WORKERS
     results = run_both({**CASES, **ENDED}, strategy, worker)
+    for name in full_batch.MAKE:
+        results |= attempt(f"full batch, {name}", search, strategy, name)
     for name, refused in REFUSALS.items():
         results |= attempt(name, refused, strategy, worker)
     np.savez(file, **results)

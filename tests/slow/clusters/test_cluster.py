@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
+from tests.slow import full_batch
 from tests.slow.clusters import cases, parameter_server_cases
 from tests.slow.clusters.cases import CASES, ENDED, UPDATES, WORKERS
 from tests.slow.clusters.parameter_server_cases import (
@@ -90,6 +92,17 @@ def test_oracle_sees_the_batches_of_all_workers(workers):
     first, second = (arrays_of(results, "adam, sgd/plain") for results in workers)
     np.testing.assert_array_equal(first["table"], second["table"])
     assert all(len(set(first["table"][:, row, 0])) > 1 for row in range(5))
+
+
+@pytest.mark.parametrize("name", full_batch.MAKE)
+def test_search_on_workers_equals_that_on_one_device(workers, name):
+    expected = full_batch.train(tf.distribute.get_strategy(), name)
+    first, second = (arrays_of(results, f"full batch, {name}") for results in workers)
+    assert len(first) == len(expected)
+    for index, (values,) in enumerate(expected):
+        found = first[f"{index}"]
+        np.testing.assert_allclose(found, values, rtol=0, atol=full_batch.ATOL)
+        np.testing.assert_array_equal(found, second[f"{index}"])
 
 
 def error_of(results, name):
