@@ -126,6 +126,7 @@ class QuasiNewton(keras.optimizers.Optimizer):
                 f"Received: gradient_tolerance={gradient_tolerance!r}. Pass the "
                 "largest derivative that counts as zero, or 0.0."
             )
+        _check_strategy(type(self).__name__)
         _replicas.check_accumulation(gradient_accumulation_steps)
         super().__init__(
             learning_rate=learning_rate,
@@ -332,6 +333,18 @@ class QuasiNewton(keras.optimizers.Optimizer):
         self.assign(self._search.point, point)
         self.assign(self._search.step, tf.zeros_like(search.step))
         set_flat(variables, point)
+
+
+def _check_strategy(name: str) -> None:
+    """Raises ValueError where no gradient is that of all data."""
+    strategy = tf.distribute.get_strategy()
+    if isinstance(strategy, tf.distribute.ParameterServerStrategy):
+        raise ValueError(
+            f"`{name}` needs the gradient of all data in each step, but the workers of "
+            "a parameter server update the weights one by one. Received: "
+            f"`{type(strategy).__name__}`. Use `MirroredStrategy` or "
+            "`MultiWorkerMirroredStrategy` instead."
+        )
 
 
 # --- the steps of `_update` --------------------------------------------------------

@@ -24,6 +24,7 @@ from tests.slow.clusters.cases import (
     is_sequence_of,
     make_batches,
     run_both,
+    search,
     with_settings,
 )
 
@@ -144,5 +145,6 @@ def coordinate(report: Callable, file: str) -> None:
     results |= attempt("asynchronous", run_asynchronously, coordinator)
     results |= attempt("saved", run_saved, coordinator, Path(file).parent)
     results |= attempt("accumulation", accumulate, strategy)
+    results |= attempt("full batch", search, strategy, "LBFGS")
     results |= attempt("fit with plain Adam", fit_with_plain_adam, strategy)
     np.savez(file, **results)

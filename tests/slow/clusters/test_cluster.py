@@ -173,6 +173,11 @@ def test_coordinator_refuses_gradient_accumulation(chief):
     assert error.startswith("ValueError: `gradient_accumulation_steps` must be")
 
 
+def test_coordinator_refuses_a_search(chief):
+    error = error_of(chief, "full batch")
+    assert error.startswith("ValueError: `LBFGS` needs the gradient of all data")
+
+
 def test_fit_with_plain_adam_fails_on_parameter_servers(chief):
     # When this fails, a new Keras can do it: then promise it, and test it.
     error = error_of(chief, "fit with plain Adam")
