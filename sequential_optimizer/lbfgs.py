@@ -40,11 +40,14 @@ class LBFGS(QuasiNewton):
 
     **Full batch.** Two gradients can only be compared if they are of the same function:
     feed all data in each step. If they do not fit into memory, let
-    `gradient_accumulation_steps` be the number of batches per epoch; then each epoch
-    is one step, exact if the batches are equally large and the same in each epoch. In
-    a `SequentialOptimizer` its phase has to start at the end of an epoch. Mini-batches,
-    Dropout and augmentation make of the changes of the gradient noise: steps are
-    rejected, and Adam is better.
+    `gradient_accumulation_steps` be the number of batches per epoch. Each epoch is then
+    one step, as exact as on one batch if all batches are equally large (for a
+    `tf.data.Dataset`, `drop_remainder=True`) and the same in each epoch. As a child it
+    accumulates only in its own phase; the boundary before has to be the end of an
+    epoch. On several devices (`MirroredStrategy`, or an own loop under
+    `MultiWorkerMirroredStrategy`) the batch is spread over them, without accumulation.
+    Dropout, augmentation and other batches in each step make noise of the changes of
+    the gradient: steps are rejected, what is learned is wrong, and Adam is better.
 
     **Memory.** (2 `history_size` + 3) n numbers for n weights, in float32, or float64
     if a weight is: 412 MB for a million weights in float32 at the default. `SSBroyden`
@@ -53,8 +56,9 @@ class LBFGS(QuasiNewton):
     **Points that are only tried.** In the middle of training the model may be at a
     point that turns out to be too far. At the end of `fit`, `finalize_variable_values`
     goes back to the last accepted one; what `ModelCheckpoint` saves on the way may be
-    such a point, with all that is needed to go on. Whenever something else has set the
-    weights, the search starts from there, with what it has learned.
+    such a point, with all that is needed to go on, and so may the point that a next
+    phase starts at. Whenever something else has set the weights, the search starts from
+    there, with what it has learned.
 
     Example:
 
