@@ -212,7 +212,7 @@ def test_copied_weights_are_copied_again_at_the_phase_start():
         np.testing.assert_allclose(now, before, rtol=1e-6)
 
 
-def test_first_child_copies_the_weights_that_training_starts_with():
+def test_first_child_copies_the_weights_at_the_start():
     # Someone builds the optimizer, and loads the weights to start with after that.
     ours, theirs = make_variables(), make_variables()
     sequence = SequentialOptimizer([Lookahead(0.1), optimizers.Adam(0.1)], [2])
@@ -313,7 +313,7 @@ def _through_checkpoint(saved, loaded, folder):
 
 @pytest.mark.parametrize("way", [_through_store, _through_checkpoint])
 @pytest.mark.parametrize("updates", [1, 4])
-def test_run_that_is_resumed_before_or_after_the_copies_are_taken(
+def test_run_resumed_around_the_copying(
     updates, way, tmp_path
 ):
     def make():

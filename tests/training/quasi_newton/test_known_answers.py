@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from sequential_optimizer import LBFGS, SSBroyden
-from tests.quasi_newton.problems import PROBLEMS
+from tests.training.quasi_newton.problems import PROBLEMS
 
 METHODS = {"LBFGS": LBFGS, "SSBroyden": SSBroyden}
 

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from sequential_optimizer import LBFGS, SSBroyden
 from tests.helpers.oracle import assert_same, compiled, weights_of
-from tests.quasi_newton.reference import LBFGSMemory, Search, SSBroydenMemory
+from tests.training.quasi_newton.reference import LBFGSMemory, Search, SSBroydenMemory
 
 METHODS = {
     "LBFGS": (lambda **kw: LBFGS(history_size=5, **kw), lambda: LBFGSMemory(5)),
