@@ -37,14 +37,15 @@ def names(tmp_path, monkeypatch):
 
 def test_examples_of_the_readme(names):
     blocks = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for i, block in enumerate(blocks):
         path = Path(f"block_{i}.py")  # AutoGraph reads it there.
         path.write_text(block)
         exec(compile(block, path, "exec"), names)
     assert {0, 1} == set(names["history"].history["phase"])
-    assert int(names["resumed"].optimizer.iterations) == 40
-    assert int(names["model"].optimizer.iterations) == 30
+    assert int(names["model"].optimizer.phase) == 1
+    assert int(names["model"].optimizer.iterations) == 150
+    assert int(names["resumed"].optimizer.iterations) == 160
 
 
 @pytest.mark.parametrize(

@@ -313,9 +313,7 @@ def _through_checkpoint(saved, loaded, folder):
 
 @pytest.mark.parametrize("way", [_through_store, _through_checkpoint])
 @pytest.mark.parametrize("updates", [1, 4])
-def test_run_resumed_around_the_copying(
-    updates, way, tmp_path
-):
+def test_run_resumed_around_the_copying(updates, way, tmp_path):
     def make():
         return SequentialOptimizer([optimizers.Adam(0.3), Lookahead(0.1)], [2])
 

@@ -334,7 +334,7 @@ REFUSED = {
     "own_class_of_the_same_name": Refused(
         adam_sgd,
         lambda: SequentialOptimizer([Adam(0.05), _sgd()], [BOUNDARY]),
-        r"keras>Adam, now tests\.test_changed_children>Adam",
+        r"keras>Adam, now tests\.saving\.test_changed_children>Adam",
     ),
     "names_swapped": Refused(
         lambda: SequentialOptimizer([_adam("a"), _adam("b")], [3]),
