@@ -119,12 +119,17 @@ def optuna(make: Callable) -> str:
 def scikeras(make: Callable) -> str:
     import pickle
 
+    import keras
     from scikeras.wrappers import KerasRegressor
     from sklearn.base import clone
 
     x, y = make_data()
+
+    def make_layers() -> Any:
+        return keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+
     estimator = clone(
-        KerasRegressor(make_model(None), loss="mse", optimizer=make(), verbose=0)
+        KerasRegressor(make_layers, loss="mse", optimizer=make(), verbose=0)
     )
     estimator.set_params(batch_size=8, epochs=2)
     estimator.fit(x, y)
