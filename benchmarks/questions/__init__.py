@@ -25,6 +25,7 @@ QUESTIONS = (
     "memory",
     "idle_children",
     "rivals",
+    "quasi_newton",
     "gpu",
     "does_it_help",
     "faults",

@@ -1,5 +1,6 @@
 """The same training in JAX: `conditionally_transform` of optax under `jax.jit`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -75,3 +76,24 @@ def make_trainer(work: Work, optimizer: optax.GradientTransformation) -> Trainer
         jax.block_until_ready((weights, state, loss))
 
     return Trainer(restart, step, lambda: [np.asarray(weight) for weight in weights])
+
+
+def make_lbfgs(curvatures: np.ndarray, history: int) -> Callable[[], None]:
+    """Returns an update of L-BFGS without a line search, on a sum of squares."""
+    optimizer = optax.lbfgs(1.0, memory_size=history, linesearch=None)
+    factors = jnp.asarray(curvatures)
+    weights = jnp.ones_like(factors)
+    state = optimizer.init(weights)
+
+    def update(weights: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        updates, state = optimizer.update(factors * weights, state, weights)
+        return optax.apply_updates(weights, updates), state
+
+    compiled = jax.jit(update, donate_argnums=(0, 1))
+
+    def step() -> None:
+        nonlocal weights, state
+        weights, state = compiled(weights, state)
+        jax.block_until_ready((weights, state))
+
+    return step

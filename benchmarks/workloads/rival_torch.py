@@ -119,3 +119,26 @@ def set_to_zero(optimizer: torch.optim.Optimizer) -> None:
         for value in state.values():
             if isinstance(value, torch.Tensor):
                 value.zero_()
+
+
+def make_lbfgs(curvatures: np.ndarray, history: int) -> Callable[[], None]:
+    """Returns an update of L-BFGS without a line search, on a sum of squares."""
+    factors = torch.from_numpy(curvatures)
+    weights = torch.ones_like(factors, requires_grad=True)
+    # One evaluation per update, and none is left out because it has converged.
+    optimizer = torch.optim.LBFGS(
+        [weights],
+        max_iter=1,
+        history_size=history,
+        tolerance_grad=-1.0,
+        tolerance_change=-1.0,
+    )
+
+    def evaluate() -> torch.Tensor:
+        weights.grad = factors * weights.detach()
+        return torch.zeros(())
+
+    def step() -> None:
+        optimizer.step(evaluate)
+
+    return step
