@@ -83,7 +83,8 @@ def make_lbfgs(curvatures: np.ndarray, history: int) -> Callable[[], None]:
     optimizer = optax.lbfgs(1.0, memory_size=history, linesearch=None)
     factors = jnp.asarray(curvatures)
     weights = jnp.ones_like(factors)
-    state = optimizer.init(weights)
+    # Copies: some are one array, which cannot be given away twice.
+    state = jax.tree.map(jnp.array, optimizer.init(weights))
 
     def update(weights: jax.Array, state: Any) -> tuple[jax.Array, Any]:
         updates, state = optimizer.update(factors * weights, state, weights)
