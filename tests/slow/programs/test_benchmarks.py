@@ -244,6 +244,14 @@ def test_sequence_that_does_something_else_is_not_timed(monkeypatch, broken):
         step_throughput.measure_task(small_task(), step_throughput.QUICK)
 
 
+def test_first_call_has_both_searches(results):
+    rows = results["first_call"]["searches"]
+    assert [row["children"] for row in rows] == ["Adam, LBFGS", "Adam, SSBroyden"]
+    assert all(row["both_over_adam"]["median"] > 0 for row in rows)
+    before = {"cases": results["first_call"]["cases"], "noise": []}
+    assert first_call.table_of_searches(before) == []
+
+
 def test_first_call_without_an_optimizer_keeps_the_gradients():
     group = first_call.Group(small_task(), rounds=1)
     program, sgd = group.program(first_call.WITHOUT), group.program("sgd")
