@@ -316,7 +316,9 @@ def test_searches_in_the_widest_type(make, dtypes, searched):
         np.testing.assert_allclose(tf.cast(variable, "float32"), 1, atol=1e-2)
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "float64"], indirect=True)
+@pytest.mark.parametrize(
+    "policy", ["mixed_bfloat16", "mixed_float16", "float64"], indirect=True
+)
 def test_policies(make, policy):
     model = make_model()
     model.compile(make(), "mse", jit_compile=False)
