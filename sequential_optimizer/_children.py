@@ -24,10 +24,10 @@ CHILD_SETTINGS = {
 def get_children(
     optimizers: Any,
 ) -> tuple[list[keras.optimizers.Optimizer], tuple[int, ...]]:
-    """Returns each child once, and for each phase the index of its child, or raises.
+    """Returns each child once, and the index of each phase's child.
 
     Args:
-        optimizers: list or tuple of what `keras.optimizers.get` takes.
+        optimizers: list or tuple of what `keras.optimizers.get` accepts.
 
     Raises:
         ValueError: if an entry cannot be the child of a SequentialOptimizer.
@@ -77,8 +77,8 @@ def _get_child(identifier: Any) -> keras.optimizers.Optimizer:
             "`optimizers` may not hold a `LossScaleOptimizer`, because a step that "
             "it skips must not count for the boundaries. "
             f"Received: `{child.name}`. Wrap the SequentialOptimizer instead: "
-            "`LossScaleOptimizer(SequentialOptimizer(...))`, with "
-            "`inner_optimizer` of the one you have among the children."
+            "`LossScaleOptimizer(SequentialOptimizer(...))`, with the "
+            "`inner_optimizer` of this child in its place."
         )
     if type(child).apply_gradients is not keras.optimizers.Optimizer.apply_gradients:
         raise ValueError(
@@ -92,7 +92,7 @@ def _get_child(identifier: Any) -> keras.optimizers.Optimizer:
 
 
 def check_loss_scale(children: Iterable[keras.optimizers.Optimizer]) -> None:
-    """Raises ValueError if a child would divide gradients that are divided already."""
+    """Raises ValueError if a child would divide the gradients a second time."""
     for child in children:
         if child.loss_scale_factor is not None:
             raise ValueError(
@@ -106,11 +106,11 @@ def check_loss_scale(children: Iterable[keras.optimizers.Optimizer]) -> None:
 def from_config(
     config: Any, custom_objects: dict[str, Any] | None
 ) -> list[keras.optimizers.Optimizer]:
-    """Creates the optimizer of each phase, or raises.
+    """Creates the optimizer of each phase.
 
     Args:
-        config: dict that `SequentialOptimizer.get_config` returned, or that looks so.
-        custom_objects: dict from names to the user's own classes and functions.
+        config: dict like those that `SequentialOptimizer.get_config` returns.
+        custom_objects: dict from names to the user's classes and functions.
 
     Raises:
         ValueError: if there is no child, or no child for a phase.
@@ -144,7 +144,7 @@ def from_config(
 
 
 def in_words(child: keras.optimizers.Optimizer) -> str:
-    """Returns an optimizer as `repr` shows it among the children."""
+    """Returns a child as its parent's `repr` shows it."""
     if hasattr(child, "children"):
         return repr(child)
     return f"{type(child).__name__}(name={child.name!r})"
@@ -153,7 +153,7 @@ def in_words(child: keras.optimizers.Optimizer) -> str:
 def check_names_differ(
     name: str, children: Iterable[keras.optimizers.Optimizer]
 ) -> None:
-    """Raises if two of an optimizer called `name` and its children share a name."""
+    """Raises if two children share a name, or one has `name`, that of their parent."""
     names = Counter([name, *(child.name for child in children)])
     repeated = sorted(name for name, count in names.items() if count > 1)
     if repeated:
@@ -166,7 +166,7 @@ def check_names_differ(
 
 
 def check_settings(settings: dict[str, Any]) -> None:
-    """Raises if a setting that belongs on a child is made on the parent.
+    """Raises if a setting that belongs on a child is set on the parent.
 
     Args:
         settings: dict from the names of settings to their values.
@@ -211,7 +211,7 @@ def check_built_on(
 
 
 def refuse_change(name: str, value: Any) -> None:
-    """Raises AttributeError: what a SequentialOptimizer is made of stays."""
+    """Raises AttributeError: the parts of a SequentialOptimizer are fixed."""
     raise AttributeError(
         f"`{name}` of a `SequentialOptimizer` cannot be changed, because graphs and "
         f"saved state depend on it. Received: {value!r:.200}. Call `advance()` to end "

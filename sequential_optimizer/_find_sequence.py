@@ -8,7 +8,7 @@ from sequential_optimizer.optimizer import SequentialOptimizer
 
 
 def find_sequence(callback: Any) -> Any:
-    """Returns the sequence in the `optimizer` of a callback, if any, or its model.
+    """Returns the sequence in a callback's `optimizer` or, without one, in its model.
 
     Raises:
         ValueError: if there is none, or more than one.
@@ -25,15 +25,15 @@ def find_sequence(callback: Any) -> Any:
 
 
 def sequences_of(model: Any) -> list[SequentialOptimizer]:
-    """Returns the sequences in a model's optimizer, or else in its attributes."""
-    # A model with a `compile` of its own has Keras' default optimizer, or none.
+    """Returns the sequences in `model.optimizer`, or else in the model's attributes."""
+    # A model that overrides `compile` has Keras' default optimizer, or none.
     found = _sequences_in(getattr(model, "optimizer", None))
     found = found or _sequences_in(getattr(model, "__dict__", {}))
     return list({id(sequence): sequence for sequence in found}.values())
 
 
 def _sequences_in(where: Any) -> list[SequentialOptimizer]:
-    """Returns the sequences that an optimizer is or wraps, or that a container has."""
+    """Returns the sequences that an optimizer is or wraps, or a container holds."""
     if isinstance(where, SequentialOptimizer):
         return [where]
     inner: Any = []

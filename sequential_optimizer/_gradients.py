@@ -1,8 +1,8 @@
-"""Lists of gradients, one entry a variable.
+"""Lists of gradients, one entry per variable.
 
-An entry is a tensor, a `tf.IndexedSlices` or `None`. Where the variable says so
-(`overwrite_with_gradient`, float8 scales), it is not a gradient but the new value:
-that is never divided, and over a window the largest counts, not the sum.
+An entry is a tensor, a `tf.IndexedSlices` or `None`. If the variable has
+`overwrite_with_gradient` set (float8 scales), the entry is the new value instead: it
+is never divided, and accumulation takes the maximum, not the sum.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from sequential_optimizer._keras import is_trained
 
 
 def check_gradients(grads: Sequence[Any], variables: Sequence[Any]) -> None:
-    """Raises ValueError unless there is one entry a variable, and a gradient."""
+    """Raises ValueError without one entry per variable, or without any gradient."""
     if len(grads) != len(variables):
         raise ValueError(
             "`grads` must have one entry for each variable. "
@@ -47,7 +47,7 @@ def check_variables(variables: Sequence[Any], optimizer: Any) -> None:
 
 
 def computed_first(grads: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
-    """Returns a context in which all operations of a graph wait for the gradients."""
+    """Returns a context whose operations, in a graph, wait for the gradients."""
     parts: list[Any] = []
     for gradient in grads:
         is_sparse = isinstance(gradient, tf.IndexedSlices)
@@ -68,7 +68,7 @@ def divide(grads: Sequence[Any], divisor: float, variables: Sequence[Any]) -> li
 def add_to(
     accumulators: Sequence[Any], grads: Sequence[Any], variables: Sequence[Any]
 ) -> list[Any]:
-    """Returns what the accumulators hold after `grads`, `None` for no gradient."""
+    """Returns the accumulators' new values, `None` where there is no gradient."""
     grads = brought_inside(grads, variables)
     return [
         None
@@ -83,11 +83,11 @@ def add_to(
 
 
 def brought_inside(grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
-    """Makes gradients from outside of a branch its own.
+    """Copies gradients from outside a branch into the graph of the branch.
 
-    TensorFlow wants all gradients that a child reduces to be of one graph, also where
-    the child changed only some. Of sparse ones XLA needs the number of rows when it
-    compiles, and a shape from outside of the branch is no constant there.
+    TensorFlow requires all gradients that a child reduces to be in one graph, even if
+    the child changed only some. For sparse ones XLA needs the number of rows when it
+    compiles, and a shape from outside the branch is not a constant inside.
     """
     inside = []
     for gradient, variable in zip(grads, variables, strict=True):

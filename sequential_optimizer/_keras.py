@@ -1,8 +1,8 @@
 """The supported versions, and every private name of Keras and TensorFlow.
 
 A new version of either should need changes in this file only. Each function stands
-for one thing that has no public name; `test_private_name_is_still_there` fails and
-names it when a version no longer has it. Three hooks can only be methods of a class:
+for one private name; `test_private_name_is_still_there` fails and says which names a
+version no longer has. Three hooks have to be methods and are not here:
 `_trackable_children` and `_lookup_dependency` of `SequentialOptimizer`, and
 `_distributed_tf_update_step` of `QuasiNewton`.
 """
@@ -49,7 +49,7 @@ def check_keras() -> None:
 
 
 def own_variables(optimizer: Any) -> list[keras.Variable]:
-    """The variables that a plain optimizer saves; a subclass may list more."""
+    """The variables that a plain optimizer saves; a subclass may have others, too."""
     return list(optimizer._variables)
 
 
@@ -59,17 +59,17 @@ def trained_variables(optimizer: Any) -> list[Any]:
 
 
 def call_count(optimizer: Any) -> keras.Variable:
-    """Counts calls of `apply`, of which `iterations` may make a window of several."""
+    """Counts calls of `apply`; `iterations` counts a window of several as one."""
     return optimizer._iterations
 
 
 def counter_and_rate(optimizer: Any) -> list[Any]:
-    """The variables that every optimizer has, and a schedule in place of the second."""
+    """The call counter and the learning rate, which is a variable or a schedule."""
     return [optimizer._iterations, optimizer._learning_rate]
 
 
 def key_of(optimizer: Any, variable: Any) -> Any:
-    """The same for a variable, its wrapper, and its copies in replicas."""
+    """The key that a variable, its wrapper, and its copies in replicas share."""
     return optimizer._var_key(variable)
 
 
@@ -85,12 +85,12 @@ def accumulator_of(optimizer: Any, variable: Any) -> keras.Variable:
 
 
 def accumulators(optimizer: Any) -> list[keras.Variable]:
-    """Those of all variables."""
+    """The accumulators of all variables."""
     return list(optimizer._accumulated_gradients)
 
 
 def moving_averages(optimizer: Any) -> list[keras.Variable | None]:
-    """The average of each variable that is trained, or nothing without `use_ema`."""
+    """The average of each trained variable; empty without `use_ema`."""
     return list(getattr(optimizer, "_model_variables_moving_average", ()))
 
 
@@ -100,7 +100,7 @@ def update_averages(optimizer: Any) -> None:
 
 
 def overwrite_with_averages(optimizer: Any) -> None:
-    """Sets the weights to their averages, and keeps to their constraints."""
+    """Sets the weights to their averages, then applies their constraints."""
     variables = trained_variables(optimizer)
     optimizer._overwrite_model_variables_with_average_value(variables)
     # The average of weights on, say, a sphere is not on it.
@@ -114,10 +114,10 @@ def overwrite_with_averages(optimizer: Any) -> None:
 
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Gives Keras, NumPy and Python their state of random numbers back at the end."""
+    """Restores the random state of Keras, NumPy and Python at the end."""
     generator = global_state.get_global_attribute("global_seed_generator")
     python, numpy = random.getstate(), np.random.get_state()
-    # Keras makes another one if it needs it.
+    # Keras makes a new one if it needs one.
     global_state.set_global_attribute("global_seed_generator", None)
     try:
         yield
@@ -131,9 +131,9 @@ def random_state_kept() -> Iterator[None]:
 
 
 def stored_shape(store: Any, key: str) -> tuple[int, ...] | None:
-    """Shape of an array in a Keras file, which is not read for it.
+    """Returns the shape of an array in a Keras file, without reading the array.
 
-    `None` if only reading can tell: in the later parts of a file in shards.
+    `None` if only reading can tell: in the later shards of a sharded file.
     """
     for group_name in ("_h5_entry_group", "group"):  # the latter before Keras 3.9
         store = getattr(store, group_name, store)
@@ -153,14 +153,14 @@ def stop_propagating_constants(operation: tf.Operation) -> None:
     operation._set_attr(PROPAGATE_CONSTANTS, tf.compat.v1.AttrValue(b=False))
 
 
-_SMALL = 128  # elements; TensorFlow draws the same line for eager tensors
+_SMALL = 128  # elements; TensorFlow has the same limit for eager tensors
 
 
 def repeat_constants(graph: Any) -> None:
     """Lets a graph repeat the small constants of the graphs around it.
 
-    TensorFlow would make them inputs of the graph, where they are no constants to
-    XLA, which needs the axis of a sum, say, when it compiles.
+    TensorFlow would make them inputs of the graph, which are not constants to XLA;
+    but XLA needs the axis of a sum, say, when it compiles.
     """
     capture, repeated = graph.capture, {}
 
@@ -170,14 +170,14 @@ def repeat_constants(graph: Any) -> None:
         if id(tensor) not in repeated:
             with graph.as_default(), tf.control_dependencies(None):
                 constant = tf.constant(tf.get_static_value(tensor), tensor.dtype)
-            repeated[id(tensor)] = constant, tensor  # which keeps its id
+            repeated[id(tensor)] = constant, tensor  # held, so its id stays unique
         return repeated[id(tensor)][0]
 
     graph.capture = repeat_or_capture
 
 
 def _is_small_constant(tensor: Any, graph: Any) -> bool:
-    """Whether a tensor from outside of `graph` is one."""
+    """Whether a tensor is a small constant from outside `graph`."""
     if (
         not tensor.dtype.is_numpy_compatible
         or (tensor.shape.num_elements() or 0) > _SMALL
