@@ -1,19 +1,19 @@
-"""What a SequentialOptimizer writes down of itself, and the rule for what it may load.
+"""How a SequentialOptimizer describes itself, and the rule for what it may load.
 
-Plain data: a layout is the JSON object that says which optimizers, which arrays and
-which trained variables there are. Here nothing is read, and nothing is set.
+A layout is plain data: the JSON object that says which optimizers, which arrays and
+which trained variables there are. This module reads no file and sets no variable.
 
 **The rule**, the same for every format: the children that a file and an optimizer both
 have must be the same (class with its module, name, variables), in the same order. More
-or fewer at the end is fine, and warns. Anything else is refused, and then nothing has
-changed.
+or fewer at the end is fine, with a warning. Anything else is refused, and changes
+nothing.
 
-A name that Keras made up (`adam_1`) counts for nothing, because it depends on what else
-the process created. Children of one class without names of their own are told apart by
-the settings that they were created with; if those were edited *and* the children moved,
-nothing is left to tell them apart by. So name them: `Adam(1e-4, name="late")`. Layers
-are told apart by their paths, in which Keras' numbers may have moved on by as much for
-all of a class: if other layers of equal shapes are trained than were, name those, too.
+A name that Keras made up (`adam_1`) is ignored, because it depends on what else the
+process created. Unnamed children of one class are told apart by the settings that they
+were created with; if those were edited *and* the children moved, nothing tells them
+apart. So name them: `Adam(1e-4, name="late")`. Layers are told apart by their paths,
+where Keras' numbers count only relative to the lowest of a class. If the model comes to
+train different layers of the same shapes, name the layers, too.
 """
 
 import base64
@@ -29,7 +29,7 @@ VERSION = 1
 # `[x]` is a list of any length, `(x, y)` one of two, `{str: x}` has any keys.
 FORM: Any = {
     "version": int,
-    # By prefix. A sequence has for each phase its child and its start.
+    # By prefix. Only a sequence has phases: the child and the start of each.
     "optimizers": {
         str: {
             "class": str,
@@ -38,10 +38,10 @@ FORM: Any = {
             "phases": [(int, int)],
         }
     },
-    # By key: the prefix of its optimizer; the trained variable it belongs to, as what,
-    # or "" if its name does not tell; its shape.
+    # By key: the prefix of the array's optimizer; the trained variable that the array
+    # belongs to, and as what, or "" if its name does not tell; its shape.
     "arrays": {str: (str, str, [int])},
-    # Path, the path without what Keras counts and nests, shape. None before `build`.
+    # Path, the path to compare by (see `_trained_by`), shape. Empty before `build`.
     "trained": [(str, str, str)],
     # Arrays in base64.
     "bytes": {str: str},
@@ -54,7 +54,7 @@ Layout = dict[str, Any]
 
 
 def parse(text: bytes) -> Layout:
-    """Returns the layout that a text is, with the arrays in it decoded."""
+    """Parses and checks a layout, and decodes the arrays in it."""
     try:
         layout = json.loads(text)
         _check_form(layout, FORM)
@@ -65,7 +65,7 @@ def parse(text: bytes) -> Layout:
             return layout
         cause = None
     except Exception as error:  # noqa: BLE001
-        cause = error  # A text that is no layout may break anything.
+        cause = error  # A text that is not a layout may raise anything.
     raise ValueError(
         "The saved layout of a `SequentialOptimizer` must be one that this version of "
         f"sequential_optimizer writes (version {VERSION}). Received: {text[:200]!r}. "
@@ -84,7 +84,7 @@ def _check_form(value: Any, form: Any) -> None:
         for one, its_form in zip(value, forms, strict=True):
             _check_form(one, its_form)
     elif form is int:
-        np.int64(value)  # It fits.
+        np.int64(value)  # Raises if it does not fit.
 
 
 def _has_all_children(layout: Layout) -> bool:
@@ -100,7 +100,7 @@ def _has_all_children(layout: Layout) -> bool:
 
 
 def _check_rule(saved: Layout, now: Layout) -> None:
-    """Raises unless the optimizers that both have are the same."""
+    """Raises unless the optimizers in both layouts are the same."""
     for prefix, current in now["optimizers"].items():
         before = saved["optimizers"].get(prefix)
         if before and (what := _difference(prefix, saved, now)):
@@ -118,7 +118,7 @@ def _check_rule(saved: Layout, now: Layout) -> None:
 
 
 def _difference(prefix: str, saved: Layout, now: Layout) -> str | None:
-    """Returns what says that an optimizer is another than the saved one."""
+    """Returns what shows that an optimizer is not the saved one, or `None`."""
     before, current = (one["optimizers"][prefix] for one in (saved, now))
     if prefix and before["class"] != current["class"]:
         return "class"
@@ -129,7 +129,7 @@ def _difference(prefix: str, saved: Layout, now: Layout) -> str | None:
         return None
     if current["phases"]:
         return "settings"  # The state of a sequence depends on them.
-    # A child's may be edited, unless it may be another of its class.
+    # A child's may be edited, unless this could be another child of the same class.
     old, new = (_settings_of_all(one, current["class"]) for one in (saved, now))
     is_edited = both_named or (
         len(old) == len(new)
@@ -155,10 +155,10 @@ def _described(layout: Layout) -> str:
 
 
 def keys_for(saved: Layout, now: Layout) -> dict[str, str] | None:
-    """Returns for each array its key among those saved; `None` to start afresh.
+    """Returns each array's key in the saved layout, or `None` to start afresh.
 
-    A child that makes variables in its first update may have them in one of both only.
-    Then none of its keys is returned.
+    A child that creates variables in its first update may have them in only one of the
+    layouts. Then none of its keys is returned.
 
     Raises:
         ValueError: if what was saved must not be loaded.
@@ -172,7 +172,7 @@ def keys_for(saved: Layout, now: Layout) -> dict[str, str] | None:
         before, current = (one["optimizers"][prefix] for one in (saved, now))
         old, new = (_arrays_of(one, prefix, not in_order) for one in (saved, now))
         common = old.keys() & new.keys()
-        # `build` adds variables to those that there are.
+        # An optimizer that is not built has only some of its variables.
         is_whole = old.keys() == new.keys() or not (saved["trained"] and now["trained"])
         is_part = common in (old.keys(), new.keys())
         makes_later = is_part and before["settings"] == current["settings"]
@@ -190,7 +190,7 @@ def keys_for(saved: Layout, now: Layout) -> dict[str, str] | None:
 
 
 def _arrays_of(layout: Layout, prefix: str, by_name: bool) -> dict[str, Any]:
-    """Returns keys and shapes of the arrays of one optimizer, by key or by name."""
+    """Returns the key and shape of each array of one optimizer, by key or by name."""
     return {
         (by_name and name) or key: (key, shape)
         for key, (of, name, shape) in layout["arrays"].items()
@@ -199,7 +199,7 @@ def _arrays_of(layout: Layout, prefix: str, by_name: bool) -> dict[str, Any]:
 
 
 def _names_tell(saved: Layout, now: Layout) -> bool:
-    """Whether the names say of every array which trained variable it belongs to."""
+    """Whether every array's name tells which trained variable it belongs to."""
     silent = {of for of, name, shape in now["arrays"].values() if shape and not name}
     return silent.isdisjoint(saved["optimizers"])
 
@@ -217,7 +217,7 @@ def _are_same_weights(saved: Layout, now: Layout) -> bool:
     """Whether the trained variables are the same ones, in any order.
 
     Raises:
-        ValueError: if not even one is the same.
+        ValueError: if not a single one is the same.
     """
     if sorted(_plain(saved)) == sorted(_plain(now)):
         return True
@@ -241,7 +241,7 @@ def _listed(layout: Layout) -> str:
 
 
 def _without(keys: Collection[str], saved: Layout, now: Layout) -> set[str]:
-    """Returns the optimizers that both have, of which an array is not in `keys`."""
+    """Returns the optimizers in both layouts that have an array outside `keys`."""
     left = {of for key, (of, _, _) in now["arrays"].items() if key not in keys}
     return left & saved["optimizers"].keys()
 

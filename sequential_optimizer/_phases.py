@@ -1,7 +1,7 @@
 """Which phase an update runs in.
 
-Pure functions of (boundaries, ended phases, iterations): no optimizer in here,
-so the rule can be read, and tested, on its own.
+Pure functions of (boundaries, ended phases, iterations), without an optimizer, so
+the rule can be read and tested alone.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,10 +20,10 @@ class Phases:
 
     Args:
         boundaries: tuple with one entry fewer than there are phases. An `int` is
-            the number of updates after which the next phase starts, `None` a
-            phase that lasts until `advance()` ends it. Every `None` comes after
-            every `int` (`parse` sees to that).
-        child_of_phase: tuple of `int`, for each phase the index of its child.
+            the number of updates after which the next phase starts; `None` means
+            that the phase lasts until `advance()` ends it. Every `None` comes
+            after every `int` (`parse` ensures this).
+        child_of_phase: tuple of `int`, the index of each phase's child.
     """
 
     boundaries: tuple[int | None, ...]
@@ -31,7 +31,7 @@ class Phases:
 
     @classmethod
     def parse(cls, boundaries: Any, child_of_phase: tuple[int, ...]) -> "Phases":
-        """Returns the phases between the boundaries that a user passes, or raises.
+        """Returns the phases for the boundaries that a user passes.
 
         Args:
             boundaries: list, tuple or 1-D NumPy array of integers and `None`.
@@ -117,9 +117,9 @@ class Phases:
         """Returns for each phase the iteration of its first update, or -1.
 
         Args:
-            starts: int64 tensor with an entry per phase, as it was before an update.
+            starts: int64 tensor with an entry per phase, as it was before this update.
             phase: scalar int32 tensor, the phase that made this update.
-            iterations: scalar int64 tensor, the number of updates before it.
+            iterations: scalar int64 tensor, the number of updates before this one.
         """
         index = tf.range(self.last + 1)
         begins = tf.logical_and(tf.equal(index, phase), tf.less(starts, 0))
@@ -138,14 +138,14 @@ class Switch:
 
 
 def last_started(starts: Iterable[int]) -> int:
-    """Returns the last phase that has made an update, -1 if none has."""
+    """Returns the last phase that has made an update, or -1."""
     return max((phase for phase, start in enumerate(starts) if start >= 0), default=-1)
 
 
 def switches_between(
     before: Iterable[int], now: Iterable[int], iterations_before: int
 ) -> list[Switch]:
-    """Returns the switches between two looks at `phase_starts`, in their order.
+    """Returns the switches between two looks at `phase_starts`, in order.
 
     Args:
         before: `phase_starts` at the first look.

@@ -1,20 +1,20 @@
-"""How a SequentialOptimizer is saved; what may be loaded into it says `_layout`.
+"""How a SequentialOptimizer is saved; `_layout` says what may be loaded into one.
 
 **The file format**, version 1: a layout and arrays.
 
 - The layout MUST be a JSON object of the form `_layout.FORM`, and in a Keras file MUST
   NOT be longer than `_MAX_LAYOUT` bytes. Its `optimizers` MUST be the sequence, with
-  the prefix "", and each child `i`, with `children/i/` behind its sequence's prefix.
-- It MUST list every array of an optimizer, and every note of a callback.
+  the prefix "", and each child `i`, with its sequence's prefix and `children/i/`.
+- The layout MUST list every array of an optimizer, and every note of a callback.
 - In a Keras file the layout MUST be the uint8 array `layout` among the optimizer's own
   variables, and each array that it lists MUST be beside it. The key of an array is the
-  prefix of the optimizer, and then `0`, `1`, ..., or what a user's class calls it. For
-  the first optimizer, layer or metric that a child has as attribute `a`, and does not
-  count among its own variables, it is `a/0/0`, ... Note `n` is the array `notes/n`, its
-  bytes as uint8.
+  prefix of its optimizer, then `0`, `1`, ..., or what a user's class calls the array.
+  If attribute `a` of a child holds optimizers, layers or metrics whose variables the
+  child does not list, those of the first are `a/0/0`, `a/0/1`, ..., after the child's
+  prefix. Note `n` is the array `notes/n`: its bytes, as uint8.
 - In a `tf.train.Checkpoint` the layout MUST be the Python state `_saved_state`, and its
-  `bytes` MUST be the notes, in base64. The variables are TensorFlow's to save, those of
-  child `i` under `children/i`, and with them MUST be the number `_commit`.
+  `bytes` MUST be the notes, in base64. TensorFlow saves the variables, those of child
+  `i` under `children/i`, and the number `_commit` MUST be among them.
 - A file MAY hold other keys, which are not read.
 """
 
@@ -48,7 +48,7 @@ STATE = "_saved_state"
 
 Arrays = dict[str, np.ndarray]
 
-# The lowest values of the integers that Keras and we count with.
+# The lowest valid value of each counter, Keras' and ours.
 _LOWEST = {"iteration": 0, "min_phase": 0, "last_child": -1, "phase_starts": -1}
 
 
@@ -56,7 +56,7 @@ _LOWEST = {"iteration": 0, "min_phase": 0, "last_child": -1, "phase_starts": -1}
 
 
 class _Own:
-    """Some variables, saved and loaded as an optimizer's."""
+    """Variables that are saved and loaded as an optimizer's are."""
 
     def __init__(self, variables: list[Any]) -> None:
         self.variables = variables
@@ -72,9 +72,9 @@ def _is_sequence(optimizer: Any) -> bool:
 def _tree(
     optimizer: Any, settings: dict[str, Any] | None = None
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yields an optimizer and, in a sequence, all children.
+    """Yields an optimizer and, if it is a sequence, all its children.
 
-    Each with the prefix of its keys, and the settings that it was created with.
+    Each comes with the prefix of its keys and the settings that it was created with.
     """
     yield "", optimizer, settings
     if _is_sequence(optimizer):
@@ -85,10 +85,10 @@ def _tree(
 
 
 def parts(optimizer: Any, seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
-    """Yields what saves and loads its own variables, with the prefix of their keys.
+    """Yields whatever saves and loads its own variables, with the prefix of their keys.
 
-    That is the optimizer, its children, and what they have in their attributes: each
-    optimizer itself (but not a SequentialOptimizer), and `_Own` for anything else.
+    That is the optimizer, its children, and what their attributes hold: optimizers as
+    they are, but a SequentialOptimizer, a layer or a metric as an `_Own`.
     """
     seen = set() if seen is None else seen
     for prefix, one, _ in _tree(optimizer):
@@ -97,7 +97,7 @@ def parts(optimizer: Any, seen: set[int] | None = None) -> Iterator[tuple[str, A
 
 
 def _parts_of(optimizer: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """Yields the parts without those of children, and without what was seen."""
+    """Yields the parts of one optimizer: not its children's, nor any seen before."""
     seen.update(map(id, optimizer.variables))
     seen.update(map(id, _keras.trained_variables(optimizer)))
     own = _keras.own_variables(optimizer)
@@ -108,7 +108,7 @@ def _parts_of(optimizer: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
         for i, inner in enumerate(items(value)):
             prefix = f"{name}/{i}/"
             if isinstance(inner, keras.optimizers.Optimizer):
-                # Not one that is saved already, nor the sequence that has this child.
+                # Skips what is saved already, and the sequence that has this child.
                 if seen.isdisjoint(map(id, inner.variables)):
                     for key, part in parts(inner, seen):
                         yield prefix + key, part
@@ -120,14 +120,14 @@ def _parts_of(optimizer: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
 
 
 def items(value: Any) -> list[Any]:
-    """Returns what is in the value of an attribute: a list, a dict, or itself."""
+    """Returns the items of an attribute: of a list or dict, or the value alone."""
     if isinstance(value, dict):
         return list(value.values())
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _variables_of(part: Any) -> dict[str, Any]:
-    """Returns the variable of each key, if a part saves as Keras' base class does."""
+    """Returns each key's variable, or none if a part overrides how Keras saves."""
     base, cls = keras.optimizers.Optimizer, type(part)
     own = cls.save_own_variables, cls.load_own_variables
     if own != (base.save_own_variables, base.load_own_variables):
@@ -155,7 +155,7 @@ def _arrays_in(optimizer: Any) -> Arrays:
 def _class_of(optimizer: Any) -> str:
     cls = type(optimizer)
     registered = keras.saving.get_registered_name(cls)
-    # Keras moves its modules.
+    # Keras moves its classes between modules.
     module = re.sub(r"^keras\..*", "keras", cls.__module__)
     return registered if ">" in registered else f"{module}>{cls.__qualname__}"
 
@@ -170,7 +170,7 @@ def _name_of(optimizer: Any) -> str | None:
 
 
 def _settings_of(optimizer: Any) -> dict[str, Any]:
-    """Returns the config of an optimizer as JSON knows it, without any names."""
+    """Returns the config of an optimizer in JSON's types, without any names."""
     if _is_sequence(optimizer):
         # Its children have their own, and its boundaries may change.
         return {
@@ -178,13 +178,13 @@ def _settings_of(optimizer: Any) -> dict[str, Any]:
             "gradient_accumulation_steps": optimizer.gradient_accumulation_steps,
         }
     try:
-        # A `lambda`, of which Keras warns, is not going to be loaded.
+        # Keras warns about a `lambda`, but this config is never loaded.
         with warnings.catch_warnings(action="ignore"):
             config = json.dumps(
                 optimizer.get_config(), default=lambda v: type(v).__name__
             )
     except Exception:  # noqa: BLE001
-        # A user's class may have no config, and is trained and saved without one.
+        # A user's class without a config can still be trained and saved.
         return {}
     return json.loads(config, object_hook=_without_name)
 
@@ -194,10 +194,11 @@ def _without_name(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _trained_by(optimizer: Any) -> list[list[str]]:
-    """Returns for each variable its path, the same when told apart, and its shape.
+    """Returns each variable's path, the path to compare by, and its shape.
 
-    Keras counts layers within a process, so `dense_3` may now be `dense`, if `dense_4`
-    then is `dense_1`; and all paths begin with the model's name, or none does.
+    Keras numbers layers per process: `dense_3` and `dense_4` may return as `dense` and
+    `dense_1`, so numbers count from the lowest. All paths or none may begin with the
+    model's name, so a common beginning is dropped.
     """
     variables = _keras.trained_variables(optimizer)
     paths = [_path_of(variable) for variable in variables]
@@ -225,10 +226,10 @@ def _counted(part: str) -> tuple[str, int]:
 
 
 def _names_and_shapes(part: Any, trained: list[list[str]]) -> dict[str, Any]:
-    """Returns the shape of each array, and which variable it belongs to, as what.
+    """Returns for each key which variable the array belongs to, as what, and its shape.
 
-    Keras names an optimizer's variable after the one that is trained. A user's class
-    may choose names freely: then there is none.
+    Keras names an optimizer's variable after the trained one. A user's class may choose
+    names that do not tell: then the answer is "".
     """
     starts = {re.sub("[/:]", "_", path) + "_": plain for path, plain, _ in trained}
     rows: dict[str, Any] = {}
@@ -262,7 +263,7 @@ def _layout_in(store: Any) -> Layout:
 
 
 def _read(store: Any, key: str, shape: Sequence[int]) -> np.ndarray:
-    """Returns an array, without reading one of another shape."""
+    """Returns an array; one of another shape raises, if possible without being read."""
     wanted = tuple(shape)
     try:
         stored = _keras.stored_shape(store, key)
@@ -286,12 +287,12 @@ def _check_values(
     """Raises unless `variables` can be set to `values`.
 
     Args:
-        source: where the values are from, for the message.
+        source: where the values come from, for the message.
         values: the arrays.
         variables: the variables that they are for.
 
     Raises:
-        ValueError: if their number, a shape, a dtype or a counter is impossible.
+        ValueError: if their number, a shape, a dtype or a counter does not fit.
     """
     if len(values) != len(variables):
         raise ValueError(
@@ -325,7 +326,7 @@ class SavedState(tf.train.experimental.PythonState):
 
     TensorFlow restores Python state before any variable, so a checkpoint that is
     refused here leaves every variable as it was. Keras' files are written and read
-    here as a whole: `SequentialOptimizer.__dir__` keeps Keras from the children.
+    here as a whole: `SequentialOptimizer.__dir__` hides the children from Keras.
 
     Args:
         optimizer: a SequentialOptimizer with its children.
@@ -333,10 +334,10 @@ class SavedState(tf.train.experimental.PythonState):
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
-        # With which the children were created; a config says with which they are now.
+        # What the children were created with; a config says what they have now.
         self.settings = [_settings_of(child) for child in optimizer.children]
         self.notes: Arrays = {}
-        # What was loaded before `build` made the variables that it is for.
+        # What was loaded before `build` created the variables for it.
         self._held: Arrays | None = None
         self._restored: Layout | None = None
         self._checked: tuple[Layout, Arrays] | None = None
@@ -380,7 +381,7 @@ class SavedState(tf.train.experimental.PythonState):
         if self._refused:
             raise ValueError(
                 "An optimizer must not be used after it refused state that was loaded "
-                "before it was built, because a part of it may be in its variables. "
+                "before it was built, because part of that state may be set. "
                 f"Received: `{self._optimizer.name}`. Create a new optimizer."
             )
 
@@ -425,7 +426,7 @@ class SavedState(tf.train.experimental.PythonState):
             store[key] = value
 
     def read(self, store: Any) -> None:
-        """Reads what `write` wrote; before `build`, holds it until then."""
+        """Reads what `write` wrote, or holds it until `build`."""
         keys = set(store.keys())
         if "layout" not in keys:
             what = f"a file with {len(keys)} variables, and no layout"
@@ -459,7 +460,7 @@ class SavedState(tf.train.experimental.PythonState):
         try:
             self._set(current | values)
         except Exception:
-            # A user's class may load in a way of its own, and say no.
+            # A user's class may load in its own way, and refuse.
             self._set(current)
             raise
         self._set_starts(saved)
@@ -470,7 +471,7 @@ class SavedState(tf.train.experimental.PythonState):
             part.load_own_variables({k: values[prefix + k] for k in _saved_by(part)})
 
     def _set_starts(self, saved: Layout) -> None:
-        """Sets `phase_starts`, also of sequences among the children."""
+        """Sets `phase_starts`, those of sequences among the children included."""
         for prefix, one, _ in _tree(self._optimizer):
             before = saved["optimizers"].get(prefix)
             if before and _is_sequence(one):
@@ -490,7 +491,7 @@ class SavedState(tf.train.experimental.PythonState):
             twin = type(optimizer).from_config(optimizer.get_config())
         twin.build(_keras.trained_variables(optimizer))
         if twin.use_ema:
-            # Keras starts them from the weights at update 0, which is over.
+            # Keras starts the averages from the weights at update 0, which is past.
             _keras.update_averages(twin)
         values = {key: _read(store, key, ()) for key in ("0", "1", "2")}
         # A window of accumulation starts afresh, too.
@@ -498,15 +499,16 @@ class SavedState(tf.train.experimental.PythonState):
         return _arrays_in(twin) | values
 
     def _notes_in(self, saved: Layout, store: Any) -> Arrays:
-        """Returns the saved notes of the callbacks that there are."""
+        """Returns the saved notes that there is a callback for."""
         notes = {}
         for key, note in self.notes.items():
             if f"notes/{key}" in saved["arrays"]:
                 _, form, _ = saved["arrays"][f"notes/{key}"]
                 if form != _form_of(note):
                     raise ValueError(
-                        "What a callback noted must be what it notes now. Received: "
-                        f"{form} for `{key}`, now {_form_of(note)}. Use the callback "
+                        "What a callback noted must have the dtype and shape that its "
+                        f"notes have now. Received: {form} for `{key}`, now "
+                        f"{_form_of(note)}. Use the callback "
                         "with the arguments that it had when it was saved."
                     )
                 content = _read(store, f"notes/{key}", [note.nbytes]).tobytes()
@@ -526,7 +528,7 @@ class SavedState(tf.train.experimental.PythonState):
             check_by_position(saved, now)
             notes = self._notes_in(saved, saved["bytes"])
         except ValueError:
-            # TensorFlow keeps what was refused for variables that do not exist yet.
+            # TensorFlow will still restore the variables that are created later.
             self._refused = not self._optimizer.built
             raise
         warn_of_changes(saved, now, now["arrays"])
@@ -543,12 +545,12 @@ class SavedState(tf.train.experimental.PythonState):
     def is_foreign(self, name: str, dependencies: Any) -> bool:
         """Whether the checkpoint that is being restored is of another optimizer.
 
-        TensorFlow asks for each part of what was saved, in the order in which it was
-        saved, and a SequentialOptimizer saves this state first.
+        TensorFlow asks for each saved part in the order of saving, and a
+        SequentialOptimizer saves this state first.
 
         Args:
-            name: of the part that TensorFlow looks for.
-            dependencies: the same dict for all parts in a restore.
+            name: the name of the part that TensorFlow looks for.
+            dependencies: the same dict for all parts of one restore.
         """
         if dependencies is not self._dependencies:
             self._dependencies, self._is_foreign = dependencies, name != STATE
@@ -559,7 +561,7 @@ class SavedState(tf.train.experimental.PythonState):
     def _pass_over(self, what: str, is_of_another: bool = True) -> None:
         """Refuses what another optimizer saved, or warns and starts afresh.
 
-        The latter before `build`, as Keras does: it is what fine-tuning needs.
+        The latter before `build`, as Keras does, because fine-tuning needs that.
         """
         if is_of_another and self._optimizer.built:
             raise ValueError(
@@ -575,8 +577,8 @@ class SavedState(tf.train.experimental.PythonState):
 class Commit(tf.Module):
     """Lets a restore set Python state together with the variables.
 
-    TensorFlow restores Python state first. Were it set at once, it would stay when
-    the data of the variables turn out to be damaged.
+    TensorFlow restores Python state first. If that were set at once, it would remain
+    when the variables' data turn out to be damaged.
     """
 
     def __init__(self, state: SavedState) -> None:
