@@ -1,23 +1,23 @@
 """The search that `LBFGS` and `SSBroyden` share: one gradient per call, no loss.
 
 The usual line search of a quasi-Newton method evaluates the model at several points
-before it decides on a step. Here each evaluation is a call of the optimizer, so what
-lies between two of them is state: the last accepted point x, the gradient g there, the
-direction d and the step t. The model is at the trial point x + t d, where Keras took
-the gradient h of this call:
+before it settles on a step. Here each evaluation is a call of the optimizer, so what
+has to last from one call to the next is state: the last accepted point x, the gradient
+g there, the direction d and the step t. When a call begins, the model is at the trial
+point x + t d, and h is the gradient there:
 
-    weights that are not x + t d:   someone else has set them, the search starts there
-    h is not finite:                t <- t / 10, back to x + t d
-    h.d > 0.9 |g.d|:                t <- where the slope from g.d to h.d is zero, but
-                                    from t / 10 to t / 2, back to x + t d
-    otherwise:                      accept: x <- x + t d, g <- h
-                                    learn from the pair s = t d, y = h - g
-                                    d <- -H h, t <- min(1, learning_rate / rms(d))
+    weights are not x + t d:   something else has set them: the search starts there
+    h is not finite:           try again with t <- t / 10
+    h.d > 0.9 |g.d|:           try again with t <- the zero of the line through the
+                               slopes g.d at 0 and h.d at t, clipped to [t / 10, t / 2]
+    otherwise:                 accept: x <- x + t d, g <- h
+                               learn from the pair s = t d, y = h - g
+                               d <- -H h, t <- min(1, learning_rate / rms(d))
 
-A pair is kept if its curvature y.s is positive beyond rounding. Where H gives no finite
-direction downhill it is forgotten, and d is the steepest descent. After ten trial
-points in a row the next is accepted; without a finite gradient the search goes back to
-x, forgets H, and tries the steepest descent.
+A pair is kept if its curvature y.s is positive beyond rounding. If -H h is not finite
+or not downhill, H is forgotten, and d is the steepest descent. After ten rejected trial
+points in a row the next is accepted; if the gradient there is not finite, the search
+goes back to x, forgets H, and tries the steepest descent.
 """
 
 import math
@@ -41,12 +41,12 @@ from sequential_optimizer._vectors import (
 _MAX_REJECTIONS = 10
 _MAX_SLOPE = 0.9  # at a trial point, relative to the one at the accepted point
 _MIN_CURVATURE = 1e-8  # of a pair, relative to the product of its norms
-# Below, a gradient is mostly rounding.
+# Below this, a gradient is mostly rounding.
 _GRADIENT_TOLERANCE = {"float32": 1e-7, "float64": 1e-10}
 
 _LENGTH = "`learning_rate` limits the length of a step instead."
 _AVERAGE = "Average the weights in the phase before, or on a `SequentialOptimizer`."
-# What of the base class would change gradients or weights behind the search's back.
+# Base-class settings that would change gradients or weights behind the search's back.
 _REFUSED = {
     "clipnorm": _LENGTH,
     "clipvalue": _LENGTH,
@@ -56,18 +56,18 @@ _REFUSED = {
     "weight_decay": "Add the penalty to the loss, with a `kernel_regularizer` say.",
 }
 
-# AutoGraph leaves the code of Keras as it is, and would otherwise rewrite ours.
+# AutoGraph leaves Keras' code as it is, but would rewrite ours.
 _not_autographed = tf.autograph.experimental.do_not_convert
 
 
 class Pair(NamedTuple):
-    """What the step between two accepted points tells of the curvature.
+    """What the step between two accepted points tells about the curvature.
 
     Attributes:
         step: vector s, the difference of the points.
         change: vector y, the difference of the gradients.
-        is_kept: scalar bool, whether to learn from it.
-        earlier: scalar int64, the number of pairs in the memory before it.
+        is_kept: scalar bool, whether to learn from the pair.
+        earlier: scalar int64, the number of pairs in the memory before this one.
     """
 
     step: tf.Tensor
@@ -77,7 +77,7 @@ class Pair(NamedTuple):
 
     @property
     def count(self) -> tf.Tensor:
-        """The number of pairs in the memory after it."""
+        """The number of pairs in the memory after this one."""
         return self.earlier + tf.cast(self.is_kept, self.earlier.dtype)
 
 
@@ -88,20 +88,20 @@ class _Search(NamedTuple):
     gradient: Any  # g
     direction: Any  # d
     step: Any  # t, zero if there is no trial point
-    rejected: Any  # trial points in a row
-    pairs: Any  # in the memory
+    rejected: Any  # how many trial points in a row
+    pairs: Any  # how many there are in the memory
 
 
 class _Verdict(NamedTuple):
-    """What is done with a trial point: one of these, or else it is rejected."""
+    """What to do with a trial point: one of these, or else reject it."""
 
     accepts: tf.Tensor
-    stays: tf.Tensor  # without a finite gradient and an earlier point
-    resets: tf.Tensor  # without a finite gradient for too long
+    stays: tf.Tensor  # no finite gradient, and no point to go back to
+    resets: tf.Tensor  # no finite gradient for too long
 
 
 class QuasiNewton(keras.optimizers.Optimizer):
-    """Base class; a subclass is a memory of the curvature."""
+    """Base class; a subclass adds a memory of the curvature."""
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class QuasiNewton(keras.optimizers.Optimizer):
                 )
 
     def get_config(self) -> dict[str, Any]:
-        """Returns what `from_config` creates the same optimizer from."""
+        """Returns a dict from which `from_config` creates the same optimizer."""
         config = super().get_config()
         kept = (
             "name",
@@ -163,7 +163,7 @@ class QuasiNewton(keras.optimizers.Optimizer):
         }
 
     def _add_memory(self, size: int, dtype: str) -> list[keras.Variable]:
-        """Creates the variables of the memory, for so many weights."""
+        """Creates the variables of the memory for `size` weights."""
         raise NotImplementedError
 
     def _learn(
@@ -173,12 +173,12 @@ class QuasiNewton(keras.optimizers.Optimizer):
         inverse: tf.Tensor,
         gradient: tf.Tensor,
     ) -> tf.Tensor:
-        """Learns from a pair; returns H times `gradient`, unless there is no pair.
+        """Learns from a pair; returns H times `gradient`, or anything without pairs.
 
         Args:
             memory: the variables of `_add_memory`.
             pair: the pair.
-            inverse: vector, the inverse of H as it was, times the step of the pair.
+            inverse: vector, the inverse of the previous H, times the pair's step.
             gradient: vector.
         """
         raise NotImplementedError
@@ -192,8 +192,8 @@ class QuasiNewton(keras.optimizers.Optimizer):
             variables: list of the variables to train.
 
         Raises:
-            ValueError: if a variable has a constraint, is not of floats, or has an
-                unknown shape, or if there are too many weights for the memory.
+            ValueError: if a variable has a constraint, is not floating-point, or has
+                an unknown shape, or if there are too many weights for the memory.
         """
         if self.built:
             return
@@ -224,7 +224,7 @@ class QuasiNewton(keras.optimizers.Optimizer):
     def apply(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None
     ) -> None:
-        """Judges the point that the model is at, and moves it to the next one.
+        """Judges the point that the model is at, and moves the model to the next.
 
         Args:
             grads: list of gradients: tensors or `tf.IndexedSlices` with the shape of
@@ -234,7 +234,7 @@ class QuasiNewton(keras.optimizers.Optimizer):
                 is left out counts as one without a gradient.
 
         Raises:
-            ValueError: if a gradient has another shape than its variable.
+            ValueError: if a gradient does not have the shape of its variable.
         """
         self._check_settings()
         grads = list(grads)
@@ -247,7 +247,7 @@ class QuasiNewton(keras.optimizers.Optimizer):
                 check_shape(gradient, variable)
         super().apply(grads, trainable_variables)
 
-    # Keras calls it once for all replicas, with the sums of their gradients.
+    # Keras calls this once for all replicas, with the sums of their gradients.
     def _distributed_tf_update_step(
         self,
         distribution: tf.distribute.Strategy,
@@ -321,7 +321,7 @@ class QuasiNewton(keras.optimizers.Optimizer):
 
     @_not_autographed
     def finalize_variable_values(self, var_list: Iterable[Any]) -> None:
-        """Goes back from a trial point that nobody judged, as `fit` does at its end.
+        """Goes back from a trial point that no call has judged; for the end of `fit`.
 
         Args:
             var_list: list of the variables that the optimizer was built on.
@@ -336,7 +336,7 @@ class QuasiNewton(keras.optimizers.Optimizer):
 
 
 def _check_strategy(name: str) -> None:
-    """Raises ValueError where no gradient is that of all data."""
+    """Raises ValueError under a strategy that has no gradient of all data."""
     strategy = tf.distribute.get_strategy()
     if isinstance(strategy, tf.distribute.ParameterServerStrategy):
         raise ValueError(
@@ -353,7 +353,7 @@ def _check_strategy(name: str) -> None:
 def _trial(
     search: _Search, variables: list[tf.Variable]
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns where the weights are, and whether it is where the search put them."""
+    """Returns where the weights are, and whether the search has put them there."""
     weights = flat(variables, search.point.dtype)
     step = search.step * search.direction
     trial = search.point + step
@@ -362,7 +362,7 @@ def _trial(
     coarsest = max(EPSILON[variable.dtype.name] for variable in variables)
     rounding += coarsest * tf.abs(trial)
     is_there = tf.reduce_all(tf.abs(weights - trial) <= rounding)
-    # If it is, without the rounding to the weights' own type.
+    # `trial` is the same point before it was rounded to the type of the weights.
     return tf.where(is_there, trial, weights), is_there & (search.step > 0)
 
 
@@ -379,25 +379,25 @@ def _judge(search: _Search, gradient: tf.Tensor, is_trial: tf.Tensor) -> _Verdic
 
 
 def _shorter_step(search: _Search, gradient: tf.Tensor) -> tf.Tensor:
-    """Returns the step after one that went too far."""
+    """Returns the step to try after one that went too far."""
     before = dot(search.gradient, search.direction)
     behind = dot(gradient, search.direction)
     secant = search.step * before / (before - behind)
     shortest, longest = search.step / 10, search.step / 2
-    # Not a number if the gradient is not finite, which the minimum would hand on.
+    # A gradient that is not finite may make it NaN, which clipping would pass on.
     secant = tf.where(tf.math.is_finite(secant), secant, shortest)
     return tf.clip_by_value(secant, shortest, longest)
 
 
 def _largest_step(direction: tf.Tensor, learning_rate: tf.Tensor) -> tf.Tensor:
-    """Returns the step that changes the weights by `learning_rate` at most."""
+    """Returns the step, 1 at most, that keeps the change within `learning_rate`."""
     length = _norm(direction)
     longest = learning_rate * math.sqrt(direction.shape[0])
     return tf.where(length > longest, longest / length, 1)
 
 
 def _steepest(gradient: tf.Tensor) -> tf.Tensor:
-    """Returns the first direction, upwards: of a length that is not out of scale."""
+    """Returns the first direction, but uphill: short even if the gradient is large."""
     return gradient * tf.minimum(1 / tf.reduce_sum(tf.abs(gradient)), 1)
 
 

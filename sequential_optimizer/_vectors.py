@@ -5,7 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
-# Of the types that weights may have: the distance from 1 to the next number.
+# The distance from 1 to the next number, for each type that weights may have.
 EPSILON = {"float16": 2**-10, "bfloat16": 2**-7, "float32": 2**-23, "float64": 2**-52}
 
 
@@ -16,8 +16,8 @@ def check_variable(variable: Any) -> None:
     if dtype not in EPSILON or getattr(variable, "overwrite_with_gradient", False):
         raise ValueError(
             f"A quasi-Newton method needs weights of type {', '.join(EPSILON)}, which "
-            f"only it changes. Received: `{name}` of type {dtype}. Freeze the layer, "
-            "or take another optimizer."
+            f"nothing else changes. Received: `{name}` of type {dtype}. Freeze the "
+            "layer, or take another optimizer."
         )
     if getattr(variable, "constraint", None) is not None:
         raise ValueError(
@@ -34,7 +34,7 @@ def check_variable(variable: Any) -> None:
 
 
 def check_shape(gradient: Any, variable: Any) -> None:
-    """Raises ValueError if a gradient is not one of this variable."""
+    """Raises ValueError if a gradient does not have the shape of its variable."""
     if gradient is None:
         return
     shape = tf.TensorShape(variable.shape)
@@ -51,9 +51,9 @@ def check_shape(gradient: Any, variable: Any) -> None:
 
 
 def native(variable: Any) -> tf.Variable:
-    """Returns the variable of TensorFlow that a variable of Keras wraps."""
-    # Not `isinstance`: in older versions of Keras the variables of layers are of the
-    # class that `keras.Variable` is derived from.
+    """Returns the TensorFlow variable that a Keras variable wraps."""
+    # Not `isinstance`: in older versions of Keras, layers have variables of the class
+    # that `keras.Variable` is derived from.
     return variable.value if hasattr(variable, "path") else variable
 
 

@@ -13,52 +13,51 @@ from sequential_optimizer._quasi_newton import Pair, QuasiNewton
 class LBFGS(QuasiNewton):
     """L-BFGS for full batches: fast convergence at the end of training.
 
-    Learns the curvature of the loss from its last `history_size` steps. One gradient
-    per step and nothing else: no closure, no line search that evaluates the model, no
-    value of the loss. So it works in `fit`, in custom loops, under XLA, and as a phase
-    of a `SequentialOptimizer`, after Adam say.
+    Learns the curvature of the loss from the last `history_size` steps. Needs only one
+    gradient per step: no closure, no line search that evaluates the model, no value of
+    the loss. So it works in `fit`, in custom loops, under XLA, and as a phase of a
+    `SequentialOptimizer`, after Adam for example.
 
     **Update.** With g the gradient at the last accepted point x,
 
         d = -H g
         x + t d,  t = min(1, learning_rate / rms(d))
 
-    is the next point. At most of them the step is accepted. If the slope along d is
-    positive there and more than 0.9 of what it was, negative, at x, the step was too
-    long: t becomes the root of the secant of the two slopes, between t / 10 and t / 2.
-    So it is tried again with t / 10 if the gradient is not finite. H comes from the
-    pairs of steps s and changes of the gradient y, in rows of S and Y, by the compact
-    form of Byrd, Nocedal and Schnabel (Math. Programming 63, 1994, theorem 2.2), with
-    R the upper triangle of S Y', D its diagonal, and c = s.y / y.y of the last pair:
+    is the next point. Most steps are accepted. If the slope along d is uphill there,
+    and more than 0.9 times as steep as it was downhill at x, the step was too long: t
+    becomes the root of the secant of the two slopes, clipped to [t / 10, t / 2]. If the
+    gradient is not finite, t becomes t / 10. H comes from the pairs of a step s and the
+    change of the gradient y, the rows of S and Y, by the compact form of Byrd, Nocedal
+    and Schnabel (Math. Programming 63, 1994, theorem 2.2), with R the upper triangle
+    of S Y', D its diagonal, and c = s.y / y.y of the last pair:
 
         H g = c g + S' p - c Y' q
         q = R^-1 S g
         p = R'^-1 ((D + c Y Y') q - c Y g)
 
-    Pairs without positive curvature are left out. If H fails it is forgotten, and the
-    next step is the steepest descent.
+    Pairs without positive curvature are left out. If H gives no direction downhill, H
+    is forgotten, and the next step is steepest descent.
 
-    **Full batch.** Two gradients can only be compared if they are of the same function:
-    feed all data in each step. If they do not fit into memory, let
-    `gradient_accumulation_steps` be the number of batches per epoch. Each epoch is then
-    one step, as exact as on one batch if all batches are equally large (for a
-    `tf.data.Dataset`, `drop_remainder=True`) and the same in each epoch. As a child it
-    accumulates only in its own phase; the boundary before has to be the end of an
-    epoch. On several devices (`MirroredStrategy`, or an own loop under
-    `MultiWorkerMirroredStrategy`) the batch is spread over them, without accumulation.
-    Dropout, augmentation and other batches in each step make noise of the changes of
-    the gradient: steps are rejected, what is learned is wrong, and Adam is better.
+    **Full batch.** Two gradients can be compared only if they are of the same function:
+    feed all data in each step. If the data do not fit into memory, set
+    `gradient_accumulation_steps` to the number of batches per epoch. Each epoch is then
+    one step, as exact as with a single batch if all batches have the same size (for a
+    `tf.data.Dataset`, `drop_remainder=True`) and are the same in each epoch. A child
+    accumulates only in its own phase, which must begin where an epoch does. On several
+    devices (`MirroredStrategy`, or your own loop under `MultiWorkerMirroredStrategy`)
+    the batch is spread over them, without accumulation.
+    Dropout, augmentation and a different batch in each step drown the changes of the
+    gradient in noise: steps are rejected, what is learned is wrong, and Adam is better.
 
     **Memory.** (2 `history_size` + 3) n numbers for n weights, in float32, or float64
     if a weight is: 412 MB for a million weights in float32 at the default. `SSBroyden`
-    needs fewer steps and n^2 numbers; take it up to some thousand weights.
+    needs fewer steps but n^2 numbers; use it for up to a few thousand weights.
 
-    **Points that are only tried.** In the middle of training the model may be at a
-    point that turns out to be too far. At the end of `fit`, `finalize_variable_values`
-    goes back to the last accepted one; what `ModelCheckpoint` saves on the way may be
-    such a point, with all that is needed to go on, and so may the point that a next
-    phase starts at. Whenever something else has set the weights, the search starts from
-    there, with what it has learned.
+    **Trial points.** During training the model may be at a trial point, which may turn
+    out to be too far. At the end of `fit`, `finalize_variable_values` goes back to the
+    last accepted point. What `ModelCheckpoint` saves before that may be a trial point,
+    with all that is needed to continue, and the next phase may start from one. If
+    something else sets the weights, the search starts from there with all it learned.
 
     Example:
 
@@ -76,12 +75,12 @@ class LBFGS(QuasiNewton):
 
     Args:
         learning_rate: float, `keras.optimizers.schedules.LearningRateSchedule`, or a
-            callable: the largest step, as the root mean square of what it changes the
-            weights by. Defaults to 1e-2; 1e-3 to 3e-2 suit most networks, and more
-            where the weights have far to go.
+            callable: the largest step, as the root mean square of the change of the
+            weights. Defaults to 1e-2; 1e-3 to 3e-2 suit most networks, and more where
+            the weights have far to go.
         history_size: int >= 1, the number of steps to learn from. Defaults to 50.
-        gradient_tolerance: float >= 0. Where no derivative is larger the search has
-            converged, and stays. Defaults to 1e-7, or 1e-10 if a weight is a float64.
+        gradient_tolerance: float >= 0. Where no derivative is larger, the search has
+            converged, and stays. Defaults to 1e-7, or 1e-10 if a weight is float64.
         name: string, the name of the optimizer. Defaults to one made from the class
             name.
         loss_scale_factor: float that the loss is multiplied and the gradients are
@@ -92,8 +91,8 @@ class LBFGS(QuasiNewton):
             are refused unless they are `None` or `False`.
 
     Raises:
-        ValueError: if an argument breaks one of these rules; when it is built, if a
-            variable has a constraint, an unknown shape, or no floats.
+        ValueError: if an argument breaks one of these rules; in `build`, if a variable
+            has a constraint or an unknown shape, or is not floating-point.
     """
 
     def __init__(
@@ -123,7 +122,7 @@ class LBFGS(QuasiNewton):
         self.history_size = history_size
 
     def get_config(self) -> dict[str, Any]:
-        """Returns what `from_config` creates the same optimizer from."""
+        """Returns a dict from which `from_config` creates the same optimizer."""
         return {**super().get_config(), "history_size": self.history_size}
 
     def _add_memory(self, size: int, dtype: str) -> list[keras.Variable]:
@@ -147,11 +146,11 @@ class LBFGS(QuasiNewton):
         gradient: tf.Tensor,
     ) -> tf.Tensor:
         steps, changes, steps_by_changes, changes_by_changes = memory
-        # The rows are a ring: the newest pair takes the place of the oldest.
+        # The rows are a ring: the newest pair replaces the oldest.
         row = pair.earlier % self.history_size
         is_new = (tf.range(self.history_size, dtype=row.dtype) == row) & pair.is_kept
-        # All rows are written, because to set one XLA copies the matrix twice where
-        # this is the branch of a switch.
+        # All rows are written: to set just one, XLA would copy the matrix twice inside
+        # the branch of a switch.
         for matrix, vector in ((steps, pair.step), (changes, pair.change)):
             matrix.assign(tf.where(is_new[:, tf.newaxis], vector, matrix))
 
@@ -159,7 +158,7 @@ class LBFGS(QuasiNewton):
         both = tf.stack([pair.change, gradient])
         s_y, s_g = tf.unstack(tf.matmul(steps, both, transpose_b=True), axis=1)
         y_y, y_g = tf.unstack(tf.matmul(changes, both, transpose_b=True), axis=1)
-        # Of S Y' only the upper triangle counts: no row of it is new, but a column.
+        # Only the upper triangle of S Y' counts, so it needs no new row, only a column.
         sy = tf.where(is_new, s_y[:, tf.newaxis], steps_by_changes)
         yy = tf.where(is_new, y_y[:, tf.newaxis], changes_by_changes)
         yy = tf.where(is_new[:, tf.newaxis], y_y, yy)
@@ -213,7 +212,7 @@ class LBFGS(QuasiNewton):
 
 
 def _solve(triangle: tf.Tensor, right: tf.Tensor, adjoint: bool = False) -> tf.Tensor:
-    """Solves a system of an upper triangle, or of its transpose."""
+    """Solves a system with an upper triangular matrix, or with its transpose."""
     columns = tf.linalg.triangular_solve(
         triangle, right[:, tf.newaxis], lower=False, adjoint=adjoint
     )

@@ -15,13 +15,13 @@ _MAX_ELEMENTS = 2**31 - 1  # what TensorFlow indexes with 32 bits
 
 @keras.saving.register_keras_serializable(package="sequential_optimizer")
 class SSBroyden(QuasiNewton):
-    """Self-scaled Broyden method for full batches: the precision of double the steps.
+    """Self-scaled Broyden method for full batches: higher precision in as many steps.
 
-    Like `LBFGS`, whose documentation says how it searches, what a full batch is and
-    what happens to points that are only tried. But H is a dense matrix of n x n
-    numbers, scaled anew in each step, which on ill-conditioned problems (physics-
-    informed networks) gets orders of magnitude further in as many steps. Each costs
-    more: take it for up to some thousand weights, and `LBFGS` above.
+    Works like `LBFGS`, whose docstring explains the search, full batches and trial
+    points. But H is a dense matrix of n x n numbers, which is rescaled in each step. On
+    ill-conditioned problems (physics-informed networks) this gets orders of magnitude
+    further in as many steps. Each step costs more: use `SSBroyden` for up to a few
+    thousand weights, and `LBFGS` above.
 
     **Update.** After a step s that changed the gradient by y (Al-Baali and Khalfan;
     Urban, Stefanou and Pons, J. Comput. Phys. 523, 2025, arXiv 2405.04230),
@@ -32,17 +32,17 @@ class SSBroyden(QuasiNewton):
     where with B the inverse of H, b = s'B s / y's, h = y'H y / y's, a = h b - 1,
 
         low = min(1, h (1 - sqrt(a / (a + 1))))
-        theta = (1 - b) / b, but from (low - 1) / a to 1 / low
+        theta = (1 - b) / b, clipped to [(low - 1) / a, 1 / low]
         sigma = 1 + a theta,  e = sigma^(-1 / (n - 1)),  phi = (1 - theta) / sigma
         tau = min(1, 1 / b) min(e, 1 / theta)    if theta > 0
         tau = min(min(1, 1 / b) e, sigma)        otherwise.
 
-    B s needs no inverse: it is -t g. The first H is y's / y'y times the identity. H
-    stays symmetric to the last bit. Where rounding has cost it its positive curvature
-    along y or g it is forgotten, which happens at the limit of the precision.
+    B s needs no inverse: it equals -t g. The first H is y's / y'y times the identity. H
+    stays symmetric to the last bit. If rounding costs H its positive curvature along y
+    or g, H is forgotten; this happens at the limit of the precision.
 
-    **Memory.** n^2 and 3 n numbers for n weights, in float32, or float64 if a weight
-    is: 100 MB for 5,000 weights in float32.
+    **Memory.** n^2 + 3 n numbers for n weights, in float32, or float64 if a weight is:
+    100 MB for 5,000 weights in float32.
 
     Example:
 
@@ -63,11 +63,11 @@ class SSBroyden(QuasiNewton):
 
     Args:
         learning_rate: float, `keras.optimizers.schedules.LearningRateSchedule`, or a
-            callable: the largest step, as the root mean square of what it changes the
-            weights by. Defaults to 1e-2; 1e-3 to 3e-2 suit most networks, and more
-            where the weights have far to go.
-        gradient_tolerance: float >= 0. Where no derivative is larger the search has
-            converged, and stays. Defaults to 1e-7, or 1e-10 if a weight is a float64.
+            callable: the largest step, as the root mean square of the change of the
+            weights. Defaults to 1e-2; 1e-3 to 3e-2 suit most networks, and more where
+            the weights have far to go.
+        gradient_tolerance: float >= 0. Where no derivative is larger, the search has
+            converged, and stays. Defaults to 1e-7, or 1e-10 if a weight is float64.
         name: string, the name of the optimizer. Defaults to one made from the class
             name.
         loss_scale_factor: float that the loss is multiplied and the gradients are
@@ -78,9 +78,9 @@ class SSBroyden(QuasiNewton):
             are refused unless they are `None` or `False`.
 
     Raises:
-        ValueError: if an argument breaks one of these rules; when it is built, if a
-            variable has a constraint, an unknown shape, or no floats, or
-            if there are too many weights for the matrix.
+        ValueError: if an argument breaks one of these rules; in `build`, if a variable
+            has a constraint or an unknown shape, or is not floating-point, or if there
+            are too many weights for the matrix.
     """
 
     def __init__(
@@ -122,10 +122,10 @@ class SSBroyden(QuasiNewton):
         h = tf.convert_to_tensor(matrix)
         s, y = pair.step, pair.change
         ys = dot(y, s)
-        # Before the first pair there is no H, and then it is a multiple of I.
+        # There is no H before the first pair, which starts from a multiple of I.
         is_first = pair.earlier == 0
         scale = ys / dot(y, y)
-        # H is read once for both, and before it is written, or XLA would copy it.
+        # H is read once for both vectors, and before it is written: else XLA copies it.
         hy, hg = tf.unstack(
             tf.matmul(h, tf.stack([y, gradient]), transpose_b=True), axis=1
         )
@@ -133,8 +133,8 @@ class SSBroyden(QuasiNewton):
         hg = tf.where(is_first, scale * gradient, hg)
         bs = tf.where(is_first, s / scale, inverse)
         yhy = dot(y, hy)
-        # If rounding has made H indefinite, nothing of it is usable, which the search
-        # sees by the product.
+        # If rounding has made H indefinite, H is useless; the NaN, passed on to the
+        # product, tells the search.
         yhy = tf.where(yhy > 0, yhy, math.nan)
         tau, phi = _factors(dot(bs, s) / ys, yhy / ys, s.shape[0])
 
@@ -145,7 +145,7 @@ class SSBroyden(QuasiNewton):
             (tf.sign(phi), tf.abs(phi) * yhy / tau, s / ys - hy / yhy),
             (1, 1 / ys, s),
         ):
-            # Squares of a vector, in which rounding cannot cost H its symmetry, and
+            # Outer products v v': with them rounding cannot cost H its symmetry, and
             # seldom its positive curvature.
             v = tf.sqrt(weight) * vector
             learned += sign * (v * v[:, tf.newaxis])
@@ -162,7 +162,7 @@ def _factors(b: tf.Tensor, h: tf.Tensor, size: int) -> tuple[tf.Tensor, tf.Tenso
         h: y'Hy / y's.
         size: the number of weights.
     """
-    # Zero where Hy is a multiple of s, and by rounding even less.
+    # Zero where Hy is a multiple of s, and even negative by rounding.
     a = tf.maximum(h * b - 1, EPSILON[h.dtype.name])
     lowest = tf.minimum(h * (1 - tf.sqrt(a / (a + 1))), 1)
     theta = tf.clip_by_value((1 - b) / b, (lowest - 1) / a, 1 / lowest)
