@@ -1,9 +1,9 @@
 """Where the code of an optimizer runs under `tf.distribute`.
 
 A replica cannot switch by itself: the child in a branch has to meet the other replicas
-(`merge_call`), and TensorFlow refuses that inside of a branch. So the replicas meet
-first, one switch is made for all of them, and inside its branch each goes its own way
-again. Keras' `LossScaleOptimizer` does the same.
+(`merge_call`), and TensorFlow refuses that inside a branch. So the replicas meet first,
+one switch is made for all of them, and inside the branch they run separately again.
+Keras' `LossScaleOptimizer` does the same.
 """
 
 from collections.abc import Callable, Iterable
@@ -30,11 +30,11 @@ def check_strategy(name: str, variables: Iterable[Any]) -> None:
     """Raises ValueError unless the variables were created under this strategy.
 
     Args:
-        name: of the optimizer that they belong to, for the error.
-        variables: Keras variables.
+        name: the name of the optimizer, for the error.
+        variables: Keras variables of the optimizer.
     """
     strategy = tf.distribute.get_strategy()
-    # One device has no copies to keep equal: Keras trains there what it finds.
+    # One device has no copies to keep equal: Keras trains any variable there.
     if isinstance(strategy, tf.distribute.OneDeviceStrategy):
         return
     extended = strategy.extended
@@ -64,17 +64,17 @@ def _strategy_in_words() -> str:
 
 
 def once_across_replicas(function: Callable[..., None], *args: Any) -> None:
-    """Calls `function` once for all replicas, from each of which this is called.
+    """Calls `function` once for all replicas; each of them has to call this.
 
     Args:
-        function: is called in cross-replica context, or right here if there is no
+        function: called in cross-replica context, or directly if there is no
             strategy.
         *args: nested structures; what differs between the replicas arrives as the
             per-replica values that `for_each_replica` takes.
 
     Raises:
-        RuntimeError: in a conditional or a loop inside of a replica, where the
-            replicas cannot meet.
+        RuntimeError: in a conditional or a loop inside a replica, where the replicas
+            cannot meet.
     """
     context = tf.distribute.get_replica_context()
     if not tf.distribute.has_strategy() or context is None:
@@ -100,7 +100,7 @@ def once_across_replicas(function: Callable[..., None], *args: Any) -> None:
 
 
 def for_each_replica(function: Callable[..., None], *args: Any) -> None:
-    """Calls `function` in each replica; called by `once_across_replicas`."""
+    """Calls `function` in each replica; for functions that run once across replicas."""
     if not tf.distribute.has_strategy():
         function(*args)
         return
@@ -110,15 +110,15 @@ def for_each_replica(function: Callable[..., None], *args: Any) -> None:
 def largest_of_workers(value: tf.Tensor, limit: int) -> tf.Tensor:
     """Returns the largest of the values that the workers pass; called in replicas.
 
-    Each worker of a `MultiWorkerMirroredStrategy` runs a program of its own. All of
-    them have to call this.
+    Each worker of a `MultiWorkerMirroredStrategy` runs its own program, and all of them
+    have to call this.
 
     Args:
         value: scalar integer tensor, 0 <= value <= limit.
         limit: int.
     """
     passed = tf.distribute.get_replica_context().all_reduce(
-        # There is no maximum among the reductions.
+        # `ReduceOp` has no maximum.
         tf.distribute.ReduceOp.SUM,
         tf.one_hot(value, limit + 1),
     )

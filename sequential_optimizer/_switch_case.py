@@ -12,18 +12,18 @@ from sequential_optimizer._keras import repeat_constants, stop_propagating_const
 def switch_case(index: tf.Tensor, branches: Sequence[Callable[[], Any]]) -> Any:
     """Runs `branches[index]()`, inside the graph if there is one.
 
-    As `tf.switch_case`, except that one branch alone needs no switch, and that
+    Like `tf.switch_case`, except that a single branch needs no switch, and that
     `branches` must not need the value of an outer tensor at compile time (as a shape,
-    say), unless that is a small constant.
+    say), unless that tensor is a small constant.
 
-    TensorFlow marks a Case op that is created anywhere inside an XLA function. XLA
-    then asks of every input of the Case, every gradient of the model among them,
-    whether it is a compile-time constant, and answers by evaluating the whole forward
-    and backward pass in its reference interpreter: minutes for a transformer, where
-    the compilation proper takes seconds. So the mark is taken off again.
+    TensorFlow marks every Case op that is created inside an XLA function. XLA then
+    checks for each input of the Case, including every gradient, whether it is a
+    compile-time constant. To find out, it evaluates the whole forward and backward
+    pass in its reference interpreter: minutes for a transformer, where the actual
+    compilation takes seconds. So the mark is removed.
 
     Args:
-        index: scalar int32 tensor. The last branch runs if there is none of this index.
+        index: scalar int32 tensor. If it is out of range, the last branch runs.
         branches: functions without arguments that return the same structure of
             tensors, or `None`.
 

@@ -4,10 +4,11 @@ Schedule-free and lookahead optimizers keep a second copy of the weights, taken 
 `build()`. Every child is built before training begins, so by the time a later phase
 starts that copy is out of date and has to be taken again.
 
-Which variables are copies, and of which weights, is found by position: a twin of the
-optimizer, made from its config, is built on probes, small variables like the weights,
-each with values of its own. The values of the optimizer itself would not do: weights
-may be equal, and a restored checkpoint changes them.
+To find which variables are copies, and of which weights, a twin of the optimizer, made
+from its config, is built on probes: small variables like the weights, all with
+different values. Twin and optimizer have their variables in the same order. Values of
+the optimizer itself would not do: weights may be equal, and a restored checkpoint
+changes them.
 """
 
 import contextlib
@@ -25,13 +26,13 @@ import tensorflow as tf
 from sequential_optimizer import _keras
 from sequential_optimizer._saving import STATE, items
 
-Pairs = list[tuple[Any, Any]]  # of a copy and the weight
+Pairs = list[tuple[Any, Any]]  # a copy and its weight
 
 
 def are_initialized(variables: Iterable[Any]) -> bool:
-    """Returns, outside of graphs, whether the variables have values yet.
+    """Returns, outside graphs, whether the variables have values yet.
 
-    Those of a strategy have: it initializes them when it creates them.
+    Under a strategy they do: it initializes variables when it creates them.
     """
     if tf.distribute.has_strategy():
         return True
@@ -40,8 +41,8 @@ def are_initialized(variables: Iterable[Any]) -> bool:
 
 
 def _is_of_keras(variable: Any) -> bool:
-    # Not `isinstance`: in older versions of Keras the variables of layers are of the
-    # class that `keras.Variable` is derived from.
+    # Not `isinstance`: in older versions of Keras, layers have variables of the class
+    # that `keras.Variable` is derived from.
     return hasattr(variable, "path")
 
 
@@ -61,8 +62,8 @@ def find_weight_copies(
 
     Args:
         child: an optimizer that is built.
-        starts_later: whether another child makes the first updates. Then it warns of
-            what will be out of date and cannot be taken again.
+        starts_later: whether another child makes the first updates. If so, this warns
+            of what will be out of date and cannot be taken again.
     """
     found = []
     for optimizer in _optimizers_in(child, set()):
@@ -84,7 +85,7 @@ def find_weight_copies(
 
 
 def _optimizers_in(optimizer: Any, seen: set[int]) -> Iterator[Any]:
-    """Yields the optimizers that one holds, however it does, and that one last."""
+    """Yields the optimizers that one holds, at any depth, and that one last."""
     if hasattr(optimizer, STATE) or id(optimizer) in seen:
         return  # A SequentialOptimizer looks after its own children.
     seen.add(id(optimizer))
@@ -95,7 +96,7 @@ def _optimizers_in(optimizer: Any, seen: set[int]) -> Iterator[Any]:
 
 
 def _held_by(optimizer: Any, type_: type) -> list[Any]:
-    """Returns what there is of a type in the attributes, their lists and dicts."""
+    """Returns all of a type that the attributes, or lists and dicts in them, hold."""
     held = [item for value in vars(optimizer).values() for item in items(value)]
     return [item for item in held if isinstance(item, type_)]
 
@@ -103,7 +104,7 @@ def _held_by(optimizer: Any, type_: type) -> list[Any]:
 def _slots_of(optimizer: Any) -> list[Any]:
     """Returns the variables of an optimizer without those of what it wraps."""
     *inner, _ = _optimizers_in(optimizer, set())
-    # Keras does not list what a class makes with `tf.Variable`.
+    # Keras does not list what a class creates with `tf.Variable`.
     raw = _held_by(optimizer, tf.Variable)
     slots = {id(slot): slot for slot in [*optimizer.variables, *raw]}
     not_slots = [_keras.trained_variables(optimizer), *(o.variables for o in inner)]
@@ -113,17 +114,17 @@ def _slots_of(optimizer: Any) -> list[Any]:
 
 
 def _examine(optimizer: Any) -> tuple[Pairs, list[str], str]:
-    """Returns the copies, the names of what may be out of date, and the reason."""
+    """Returns the copies, the names of what may be out of date, and why."""
     slots, weights = _slots_of(optimizer), _keras.trained_variables(optimizer)
     try:
         with _keras.random_state_kept(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # The class has told the user already.
+            warnings.simplefilter("ignore")  # The user has seen these already.
             probes = [_probe_like(weight) for weight in weights]
             first, second, again = (
                 _seen_in_twin(optimizer, slots, probes, i) for i in (1, 2, 1)
             )
     except Exception as error:  # noqa: BLE001
-        # Whatever a user's class raises here, it may train all the same.
+        # Whatever a user's class raises here, it may still train.
         stale = [slot.name for slot in slots if not _is_constant(slot)]
         return [], stale, f"which cannot be made from its config ({error!r:.200})"
     weight_of = dict(zip(zip(first, second, strict=True), weights, strict=False))
@@ -132,7 +133,7 @@ def _examine(optimizer: Any) -> tuple[Pairs, list[str], str]:
         weight = weight_of.get((first[i], second[i]))
         if weight is not None and weight.shape == slot.shape:
             pairs.append((slot, weight))
-        elif first[i] != second[i] and first[i] == again[i]:  # It is not random.
+        elif first[i] != second[i] and first[i] == again[i]:  # not random
             stale.append(slot.name)
     return pairs, stale, "which computes something else from them"
 
@@ -163,13 +164,13 @@ def _probe_like(weight: Any) -> Any:
 def _seen_in_twin(
     optimizer: Any, slots: list[Any], probes: list[Any], factor: int
 ) -> list[tuple[tuple[int, ...], bytes]]:
-    """Returns shape and values of each probe, and of each variable of a twin."""
+    """Returns the shape and values of each probe, and of each variable of a twin."""
     start = 0
     for probe in probes:
         numbers = start + np.arange(math.prod(probe.shape))
         start += numbers.size
-        # Exact in bfloat16. Together with those of the other factor, 127 * 127 of them
-        # differ.
+        # Exact in bfloat16. Pairs of the values for factors 1 and 2 differ for
+        # 127 * 127 numbers.
         numbers += (factor - 1) * (numbers // 127)
         probe.assign(np.reshape(factor * (1 + (1 + numbers % 127) / 128), probe.shape))
     twin = type(optimizer).from_config(copy.deepcopy(optimizer.get_config()))
