@@ -23,12 +23,12 @@ from sequential_optimizer._weight_copies import (
 
 _keras.check_keras()
 
-# AutoGraph leaves the code of Keras as it is, and would otherwise rewrite ours.
+# AutoGraph leaves Keras' code as it is, but would rewrite ours.
 _not_autographed = tf.autograph.experimental.do_not_convert
 
 
 def _learning_rate_of_children() -> float:
-    """Stands where the base class wants a learning rate.
+    """Stands in where the base class needs a learning rate.
 
     A callable, because from a float the base class would make a variable that
     nothing reads, and callbacks would set it in vain.
@@ -40,24 +40,24 @@ def _learning_rate_of_children() -> float:
 class SequentialOptimizer(keras.optimizers.Optimizer):
     """Optimizer that runs several optimizers one after the other.
 
-    Every update is made by exactly one *child* optimizer. Which one follows from
-    the number of updates applied so far, decided inside the graph: the train step is
-    traced and compiled once, and a switch retraces nothing and resets nothing. Each
-    child's variables are created when the optimizer is built and are saved whether
-    or not its phase has begun.
+    Every update is made by exactly one *child* optimizer. Which one depends on the
+    number of updates applied so far, and is decided inside the graph: the train step
+    is traced and compiled once, and a switch retraces nothing and resets nothing.
+    Each child's variables are created when the optimizer is built, and saved whether
+    or not the child's phase has begun.
 
     **Boundary rule.** Update number `t`, counted from 0, runs in phase `k`, where
-    `k` is the number of leading boundaries that are <= `t`. A boundary `b` hence
-    means that the first `b` updates belong to the earlier child, as in optax'
+    `k` is the number of leading boundaries that are <= `t`. So a boundary `b` means
+    that the first `b` updates belong to the earlier child, as in optax's
     `join_schedules` and PyTorch's `SequentialLR`. (Keras' own
     `PiecewiseConstantDecay([b], ...)` changes one update later.) `advance()` ends a
-    phase earlier than its integer, or whenever you say if its boundary is `None`.
+    phase before its integer boundary, or at any time if its boundary is `None`.
 
     **Counting.** `iterations` counts updates that were applied: steps that a
     `LossScaleOptimizer` skips do not count, and with `gradient_accumulation_steps` a
     whole window is one update. Each child counts its own updates only, so its bias
     correction and its `LearningRateSchedule` start at 0 when its first phase starts
-    and go on from there when the child comes back.
+    and continue from there when the child comes back.
 
     **Settings.** What spans the phases is set here: moving averages of the weights
     (`use_ema`), gradient accumulation, `loss_scale_factor`. What belongs to an
@@ -87,13 +87,13 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         optimizers: list of the child optimizers in the order of their phases. Each
             is a `keras.optimizers.Optimizer` or what `keras.optimizers.get` takes
             (`"adam"`, a config). One instance may appear several times: it then
-            goes on with its own state, and costs one branch and one set of
+            continues with its own state, and costs one branch and one set of
             variables. An instance that is already built is accepted if it was built
             on the same variables, and keeps its state.
         boundaries: list with one entry fewer than `optimizers`. An `int` >= 1 is the
             number of updates, counted from the start of training, after which the
-            next phase starts; `None` is a phase that lasts until `advance()`. The
-            integers are strictly increasing and come before every `None`.
+            next phase starts; with `None` only `advance()` starts it. The integers
+            are strictly increasing and come before every `None`.
         name: string, the name of the optimizer. Defaults to one made from the class
             name.
         use_ema: bool, whether to keep an exponential moving average of the weights
@@ -144,8 +144,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             **{key: kwargs[key] for key in kwargs.keys() - _children.CHILD_SETTINGS},
         )
         _children.check_names_differ(self.name, children)
-        # Not called `optimizers`: Keras' callbacks treat any optimizer that has that
-        # for a MultiOptimizer, and act on every entry.
+        # Not called `optimizers`: Keras' callbacks take any optimizer that has that
+        # attribute for a MultiOptimizer, and act on every entry.
         self.children = tuple(children)
         self._phases = phases
         # The lowest phase that may run: `advance()` ended those below it.
@@ -160,15 +160,15 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                 aggregation="only_first_replica",
                 name="phase_starts",
             )
-        # Not tracked: TensorFlow cannot restore a variable of another length, so it is
-        # saved with the Python state.
+        # Not tracked: TensorFlow cannot restore a variable of another length, so this
+        # one is saved with the Python state.
         object.__setattr__(self, "_phase_starts", starts)
         self._saved_state = SavedState(self)
         self._commit = Commit(self._saved_state)
 
     def _add_counter(self, name: str, value: int = 0) -> keras.Variable:
-        # Also tracks it: as an attribute alone it would not be among `variables`, nor
-        # be saved, if the optimizer is made from a config inside of `Model.compile`.
+        # Also tracks it: as a mere attribute it would not be among `variables`, nor be
+        # saved, if the optimizer is made from a config inside `Model.compile`.
         return self.add_variable(
             shape=(),
             initializer=keras.initializers.Constant(value),
@@ -179,8 +179,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "learning_rate":
-            # The base classes would first read it, which in a graph is a switch of
-            # its own, and then track a variable that belongs to a child.
+            # The base classes would first read the rate, which in a graph is another
+            # switch, and then track a variable that belongs to a child.
             object.__setattr__(self, name, value)
             return
         if name in ("boundaries", "children") and hasattr(self, name):
@@ -219,9 +219,9 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
 
     @property
     def phase_starts(self) -> np.ndarray:
-        """For each phase the iteration of its first update, -1 if it made none.
+        """For each phase the iteration of its first update, or -1 without one.
 
-        An int64 array, outside of graphs. Iterations count from 0, so the first `n`
+        An int64 array, outside graphs. Iterations count from 0, so the first `n`
         updates were made before a phase that started at `n`.
         """
         return self._phase_starts.numpy()
@@ -230,14 +230,14 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     def notes(self) -> dict[str, np.ndarray]:
         """What callbacks keep in the saved state: named arrays of NumPy's own dtypes.
 
-        A callback has no place of its own in a checkpoint. Loading sets the notes that
-        there are, if the file has them with the same dtype and shape, and drops the
-        others; so a callback makes its notes in `set_model`.
+        Callbacks have no other place in a checkpoint. Loading sets the notes that
+        exist, if the file has them with the same dtype and shape, and drops the others;
+        so a callback should create its notes in `set_model`.
         """
         return self._saved_state.notes
 
     def active_child(self) -> keras.optimizers.Optimizer:
-        """Returns the child of the current phase, outside of graphs.
+        """Returns the child of the current phase, outside graphs.
 
         Raises:
             RuntimeError: in a `tf.function`, where the phase is not a Python value.
@@ -254,14 +254,14 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     def advance(self, to: int | None = None) -> None:
         """Ends the current phase, or every phase before `to`, at this iteration.
 
-        Does nothing in the last phase, or if phase `to` has begun already: a callback
-        that may run twice, as in an epoch that is resumed, says which phase it means.
-        Works in eager and in graph code, in `tf.cond`, `tf.while_loop` and under XLA.
-        A phase that was ended stays ended when the optimizer is saved and loaded.
+        Does nothing in the last phase, or if phase `to` has begun already. So pass `to`
+        in a callback that may run twice, as in an epoch that is resumed. Works in eager
+        and in graph code, in `tf.cond`, `tf.while_loop` and under XLA. A phase that was
+        ended stays ended when the optimizer is saved and loaded.
 
-        Under `tf.distribute`, call it outside of `strategy.run(...)`, or in every
+        Under `tf.distribute`, call this outside `strategy.run(...)`, or in every
         replica alike. If one worker of a `MultiWorkerMirroredStrategy` calls it,
-        all of them switch before their next update; until then only that worker
+        all of them switch before their next update; until that update only this worker
         knows, so save after it.
 
         Args:
@@ -270,8 +270,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
 
         Raises:
             ValueError: if there is no phase `to`.
-            RuntimeError: in a conditional or a loop inside of one of several
-                replicas, which would have to decide alike.
+            RuntimeError: in a conditional or a loop inside one of several replicas,
+                which would all have to decide alike.
         """
         _replicas.once_across_replicas(self._end_phases, self._phases.parse_phase(to))
 
@@ -287,12 +287,11 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     def learning_rate(self) -> Any:
         """The learning rate of the current phase's child.
 
-        A variable or a scalar float tensor; in a graph it is NaN for a child that has
-        several rates (`MultiOptimizer`). Setting it with `=` sets the active child's: a
-        number, in eager or in graph code, or outside of graphs anything else that the
-        child takes. (A tensor has no `assign`.) A child that was created with a
-        `LearningRateSchedule` raises `TypeError` when a number is set, as it does
-        alone.
+        A variable or a scalar float tensor; in a graph, NaN for a child that has
+        several rates (`MultiOptimizer`). Set it with `=`, because a tensor has no
+        `assign`; this sets the active child's. In a graph the value must be a number;
+        outside graphs it may be anything that the child accepts. A child created with a
+        `LearningRateSchedule` raises `TypeError` if a number is set, as it would alone.
         """
         if tf.executing_eagerly():
             return self.active_child().learning_rate
@@ -366,8 +365,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         Raises:
             ValueError: if a child is already built on other variables, if the
                 optimizer or a child was created under another `tf.distribute`
-                strategy, or if the optimizer refused a checkpoint that was restored
-                before.
+                strategy, or if the optimizer has refused a checkpoint.
         """
         self._saved_state.check_not_refused()
         _children.check_loss_scale(self.children)
@@ -377,8 +375,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         self._check_strategy()
         _children.check_built_on(variables, self.children)
         # Keras may call this while it traces the train step, and even while it traces
-        # the model for the first time. Then the weights have no values yet, which a
-        # child that copies them in `build` can only take in the graph.
+        # the model for the first time. Then the weights have no values yet, and a child
+        # that copies them in `build` can do so only in the graph.
         with tf.init_scope():
             in_graph = not are_initialized(variables)
         with contextlib.nullcontext() if in_graph else tf.init_scope():
@@ -397,14 +395,14 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
 
     # --- apply ---------------------------------------------------------------
     #
-    # The way of the gradients, from one method to the next:
+    # The path of the gradients, from one method to the next:
     #
     #   apply          check -> scale -> the replicas meet
     #   _apply             -> accumulate, or update -> average -> count
     #   _accumulate            -> add to the sums, or update with their mean
     #   _update                -> switch: in the branch of one child,
     #   _apply_child               in each replica: child.apply
-    #                          -> write down the child and the start of the phase
+    #                          -> record the child and the start of the phase
 
     @_not_autographed
     def apply(
@@ -418,16 +416,15 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                 counted.
             trainable_variables: list of the variables, in the order of `grads`.
                 Defaults to those that the optimizer was built on. The first call
-                builds the optimizer if nothing has yet.
+                builds the optimizer unless it is built already.
 
         Raises:
-            ValueError: if the optimizer is unbuilt and gets no variables, if there
-                are more or fewer gradients than variables, if a variable is not one
-                that it was built on, or if every gradient is `None`. Under
-                `tf.distribute`, if it is called outside of `strategy.run(...)`, or
-                if the optimizer was created under another strategy.
-            RuntimeError: in a conditional or a loop inside of one of several
-                replicas.
+            ValueError: if the optimizer is not built and gets no variables, if there
+                are more or fewer gradients than variables, if the optimizer was built
+                without one of the variables, or if every gradient is `None`. Under
+                `tf.distribute`, if this is called outside `strategy.run(...)`, or if
+                the optimizer was created under another strategy.
+            RuntimeError: in a conditional or a loop inside one of several replicas.
         """
         grads = list(grads)
         if not grads:
@@ -436,7 +433,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             _replicas.check_in_replica()
             self._check_strategy()
         variables = self._variables_for(grads, trainable_variables)
-        # The counters wait for the gradients: the step that finds the end of a dataset
+        # The counters wait for the gradients: the step that hits the end of a dataset
         # of unknown size has none, and must not count.
         with tf.name_scope(self.name), _gradients.computed_first(grads):
             if _replicas.has_several_workers():
@@ -446,10 +443,10 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             _replicas.once_across_replicas(self._apply, grads, variables)
 
     def _agree_on_min_phase(self) -> None:
-        """Ends a phase that any worker has ended, for all of them."""
+        """Ends, for all workers, each phase that any of them has ended."""
         last = self._phases.last
         agreed = _replicas.largest_of_workers(tf.minimum(self._min_phase, last), last)
-        # It is above the last if phases were dropped after the run was saved.
+        # `_min_phase` exceeds `last` if phases were dropped after the run was saved.
         agreed = tf.maximum(tf.cast(agreed, self._min_phase.dtype), self._min_phase)
         self.assign(self._min_phase, agreed)
 
@@ -460,8 +457,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             self._update(grads, variables)
         if self.use_ema:
             self._update_averages()
-        # One operation: `Variable.assign_add` of Keras reads and writes, and under
-        # an asynchronous parameter server loses updates in between.
+        # One operation: Keras' `Variable.assign_add` reads, then writes, and under an
+        # asynchronous parameter server loses updates in between.
         self.assign_add(_keras.call_count(self), 1)
 
     def _check_strategy(self) -> None:
@@ -542,11 +539,11 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
 
     @_not_autographed
     def finalize_variable_values(self, var_list: Iterable[Any]) -> None:
-        """Sets the final values of the weights, as `fit` does at its end.
+        """Sets the final values of the weights; `fit` calls this when it ends.
 
-        With `use_ema` they become their moving average. Otherwise the child that
+        With `use_ema` they become their moving averages. Otherwise the child that
         made the last update decides, so a child's own moving average counts if
-        training ends with it. Before the first update nothing is set.
+        training ends with that child. Before the first update nothing is set.
 
         Args:
             var_list: list of the variables that the optimizer was built on.
@@ -554,23 +551,23 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         variables = list(var_list)
         if self.use_ema:
             finalize = functools.partial(super().finalize_variable_values, variables)
-            # The average starts at zero.
+            # Before the first update the average is zero.
             tf.cond(tf.greater(self.iterations, 0), finalize, lambda: None)
             return
         branches: list[Callable[[], None]] = [
             functools.partial(child.finalize_variable_values, variables)
             for child in self.children
         ]
-        branches.append(lambda: None)  # for none, or one that was dropped since
+        branches.append(lambda: None)  # for no child, or one that was dropped since
         switch_case(tf.cast(self._last_child, tf.int32), branches)
 
     # --- save ----------------------------------------------------------------
 
     def get_config(self) -> dict[str, Any]:
-        """Returns what `from_config` creates the same optimizer from, without state.
+        """Returns a dict from which `from_config` creates the optimizer, without state.
 
-        `optimizers` holds each child once, `child_of_phase` for each phase the index
-        of its child, and `settings` what the children were first created with.
+        `optimizers` holds each child once, `child_of_phase` the index of each phase's
+        child, and `settings` what the children were first created with.
         """
         return {
             "name": self.name,
@@ -596,15 +593,15 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         """Creates an optimizer from what `get_config` returned.
 
         Args:
-            config: dict, left as it is.
-            custom_objects: dict from names to the user's own classes and functions
-                that the children need.
+            config: dict, which is not modified.
+            custom_objects: dict from names to the user's classes and functions that
+                the children need.
 
         Raises:
             ValueError: if the config is not one of a SequentialOptimizer.
         """
         if cls is not SequentialOptimizer and "optimizers" not in config:
-            return cls(**config)  # A subclass with arguments and a config of its own.
+            return cls(**config)  # A subclass with its own arguments and config.
         optimizers = _children.from_config(config, custom_objects)
         ours = {"optimizers", "child_of_phase", "settings"}
         arguments = {key: config[key] for key in config.keys() - ours}
@@ -633,7 +630,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     def load_own_variables(self, store: Any) -> None:
         """Reads what `save_own_variables` wrote, or raises and sets nothing.
 
-        An optimizer that is not built holds what it reads until it is.
+        An optimizer that is not built yet holds what it reads until it is.
 
         Raises:
             ValueError: if the file breaks the rule of `_layout`, or is damaged.
@@ -641,11 +638,11 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         self._saved_state.read(store)
 
     def __dir__(self) -> Iterable[str]:
-        # Keras finds by this list what else to save and load. It would load children
-        # one by one, after this optimizer, and go on when one of them does not fit.
+        # In this list Keras finds what else to save and load. It would load children
+        # one by one, after this optimizer, and continue when one of them does not fit.
         return [name for name in super().__dir__() if name != "children"]
 
-    # TensorFlow has no public place for these two.
+    # TensorFlow has no public hooks for these two.
 
     def _trackable_children(
         self, save_type: str = "checkpoint", **kwargs: Any
@@ -659,7 +656,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         return {STATE: state, **children}  # first: see `SavedState.is_foreign`
 
     def _lookup_dependency(self, name: str, cached_dependencies: Any = None) -> Any:
-        # A restore asks this for each part that was saved.
+        # A restore calls this for each part that was saved.
         restoring = cached_dependencies is not None
         if restoring and self._saved_state.is_foreign(name, cached_dependencies):
             return tf.train.Checkpoint()  # takes the part, and is thrown away
