@@ -1,4 +1,4 @@
-"""Shows in which phase a run is."""
+"""Shows which phase a run is in."""
 
 from typing import Any
 
@@ -13,18 +13,18 @@ Logs = dict[str, Any] | None
 class PhaseLogger(keras.callbacks.Callback):
     """Puts the phase and the learning rate into the logs, and prints each switch.
 
-    The logs of an epoch get `phase`, the phase that its last update ran in,
-    `learning_rate`, that of the child which made it, and `iterations`, the number of
-    updates so far. So `History`, the progress bar, `CSVLogger` and `TensorBoard` show
-    them; put `PhaseLogger` before the last two in the list of callbacks.
+    The logs of each epoch get `phase`, the phase of its last update; `learning_rate`,
+    that of the child that made this update; and `iterations`, the number of updates so
+    far. So `History`, the progress bar, `CSVLogger` and `TensorBoard` show them; put
+    `PhaseLogger` before the last two in the list of callbacks.
 
-    At each switch it prints a line such as `iteration 1200: adam -> sgd`: the first
-    1200 updates are adam's. It prints it after the first update of the new phase, or
-    after the call of the train function that made it (`steps_per_execution`). A phase
-    that ends before it has made an update is passed over.
+    Each switch is printed as a line such as `iteration 1200: adam -> sgd`: the first
+    1200 updates are adam's. The line appears after the first update of the new phase
+    or, with `steps_per_execution`, after the call of the train function that made this
+    update. A phase that ends without an update is skipped.
 
     A model with several sequences, such as a GAN, takes one `PhaseLogger` for each,
-    with `optimizer=`. The names in the logs then begin with that of the sequence: for
+    with `optimizer=`. The names in the logs then begin with the sequence's name: for
     `SequentialOptimizer(..., name="generator")` they are `generator_phase`,
     `generator_learning_rate` and `generator_iterations`, and a switch is printed as
     `iteration 1200 of generator: adam -> sgd`.
@@ -43,7 +43,7 @@ class PhaseLogger(keras.callbacks.Callback):
     [0, 0, 1]
 
     Args:
-        per_batch: bool, whether the logs of each batch get them as well. Defaults
+        per_batch: bool, whether the logs of each batch get the same entries. Defaults
             to `False`.
         verbose: 1 (the default) to print a line at each switch, 0 for silence.
         optimizer: the SequentialOptimizer to follow, or an optimizer that wraps it.
@@ -71,7 +71,7 @@ class PhaseLogger(keras.callbacks.Callback):
         self._look()
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
-        """Looks where the run begins, after every callback that restores one."""
+        """Notes where the run begins, after any callback has restored it."""
         if not self._has_begun:
             self._look()
         self._has_begun = True
@@ -85,7 +85,7 @@ class PhaseLogger(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Adds to the logs of the epoch."""
-        # Keras drops the end of a batch when the data ends inside of its steps.
+        # Keras leaves out `on_train_batch_end` if the data ends inside an execution.
         self._print_switches()
         if logs is not None:
             logs.update(self._values())
@@ -107,7 +107,7 @@ class PhaseLogger(keras.callbacks.Callback):
 
     def _values(self) -> dict[str, float]:
         phase = last_started(self._starts)
-        if phase < 0:  # before the first update: that of the next one
+        if phase < 0:  # before the first update: the phase that it will run in
             phase = int(self._sequence.phase)
         values: dict[str, float] = {"phase": phase, "iterations": self._iterations}
         child = child_of(self._sequence, phase)

@@ -21,8 +21,8 @@ def plot_history(
 ) -> "Axes":
     """Plots metrics over epochs, with the phases shaded and the switches marked.
 
-    Each name has a colour, so a child that comes back has its own again; the legend
-    tells which.
+    Each name has a colour, so a child that comes back has the same one; the legend
+    shows which.
 
     A switch inside an epoch is marked where it happened, if `history` is what `fit`
     returned. From a dict alone only the phase of an epoch's last update is known, and
@@ -31,11 +31,11 @@ def plot_history(
     Args:
         history: what `Model.fit` returned, or its `history` dict, with the column
             `phase` of `PhaseLogger`.
-        metrics: names of the columns to plot. Those of a validation, `val_...`, are
-            left out if there was none.
+        metrics: names of the columns to plot. Validation columns, `val_...`, are left
+            out if there was no validation.
         ax: matplotlib Axes to draw on. Defaults to new ones.
         learning_rate: whether to plot the column `learning_rate` as well, on a
-            logarithmic axis of its own. Defaults to `False`.
+            separate logarithmic axis. Defaults to `False`.
         names: names of the phases. Default to those of the children if `history` is
             what `fit` returned, else to `phase 0`, `phase 1`, ...
 
@@ -65,7 +65,7 @@ def plot_history(
         ) from error
     columns: Mapping[str, Sequence[float]] = getattr(history, "history", history)
     if not any(column.startswith("val_") for column in columns):
-        # Unless they are all that is asked for.
+        # Unless nothing else was asked for.
         metrics = [m for m in metrics if not m.startswith("val_")] or metrics
     _check_columns(columns, ["phase", *metrics, *["learning_rate"] * learning_rate])
     found = sequences_of(getattr(history, "model", None))
@@ -133,13 +133,13 @@ def _begins_of_phases(
     iterations: Sequence[float],
     sequence: Any,
 ) -> dict[float, int]:
-    """Returns which phase begins where on the axis of epochs.
+    """Returns the phases by where they begin on the axis of epochs.
 
     Args:
         phases: for each epoch the phase of its last update.
         edges: where the first epoch begins, and where each ends.
-        iterations: the number of updates at the end of each epoch, if it is known.
-        sequence: the optimizer that made them, or `None`.
+        iterations: the number of updates at the end of each epoch, if known.
+        sequence: the optimizer that made the updates, or `None`.
     """
     before = [-1, *phases]
     by_epoch = {edges[i]: k for i, k in enumerate(phases) if k != before[i]}
@@ -147,10 +147,10 @@ def _begins_of_phases(
         return by_epoch
     starts = sequence.phase_starts
     if phases != [last_started(np.where(starts < n, starts, -1)) for n in iterations]:
-        return by_epoch  # The optimizer has been trained, or exchanged, since.
-    # The first epoch has made as many updates as the second.
+        return by_epoch  # The optimizer has been trained, or replaced, since.
+    # As if the first epoch had made as many updates as the second.
     updates = [max(2 * iterations[0] - iterations[1], 0), *iterations]
-    # All that began before the first epoch is put at its edge, where the last one wins.
+    # Phases that began before the first epoch all land on its edge: the last one wins.
     return {
         float(np.interp(start, updates, edges)): phase
         for phase, start in enumerate(starts)
@@ -180,6 +180,6 @@ def _plot_learning_rate(
     right.set_yscale("log")
     right.set_ylabel("learning rate (dotted)", color="0.5")
     right.tick_params(which="both", colors="0.5")
-    # Else it would be drawn over the legend.
+    # Otherwise the learning rate would be drawn over the legend.
     ax.set_zorder(right.get_zorder() + 1)
     ax.patch.set_visible(False)

@@ -22,12 +22,12 @@ Logs = dict[str, Any] | None
 
 @dataclass
 class _Seen:
-    """What SwitchOnPlateau has seen of a phase: numbers, so that they can be saved."""
+    """What SwitchOnPlateau has seen of a phase: only numbers, which can be saved."""
 
     phase: float
     started: float  # the iteration at which the run began
     best: float
-    next_epoch: float  # the first that it has not seen, -1 if it has seen none
+    next_epoch: float  # the first not seen yet, -1 if none has been seen
     cooldown: float
     wait: float = 0
 
@@ -36,17 +36,17 @@ class SwitchOnPlateau(keras.callbacks.Callback):
     """Ends the current phase when a metric has stopped improving.
 
     Works like Keras' `ReduceLROnPlateau`, except that it calls `advance()` of the
-    model's `SequentialOptimizer` instead of cutting a learning rate: one phase a
-    plateau. An integer boundary may end the phase first. After each switch, whoever
-    made it, the best value, the patience and the cooldown start anew. An epoch
-    counts for the phase that its last update ran in. In the last phase the callback
-    does nothing.
+    model's `SequentialOptimizer` instead of cutting a learning rate: one phase per
+    plateau. An integer boundary may end the phase first. After each switch, whatever
+    caused it, the best value, the patience and the cooldown start over. An epoch
+    counts for the phase of its last update. In the last phase the callback does
+    nothing.
 
-    A call of `fit`, or of `on_train_begin` in your own loop, starts anew, unless
-    `BackupAndRestore` resumes it. What the callback has seen is saved with the
+    Each call of `fit`, or of `on_train_begin` in your own loop, starts over, unless
+    `BackupAndRestore` resumes a run. What the callback has seen is saved with the
     optimizer, so a resumed run switches in the same epoch as one that was never
-    interrupted. Put it before `BackupAndRestore` in the list of callbacks, which saves
-    when its turn comes.
+    interrupted. In the list of callbacks, put `SwitchOnPlateau` before
+    `BackupAndRestore`, which saves when its turn comes.
 
     Example:
 
@@ -65,20 +65,20 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         monitor: string, name of the metric in the logs. Defaults to `"val_loss"`.
             One callback per metric and optimizer.
         patience: int >= 0, the number of epochs in a row without improvement after
-            which the phase ends; 0 is as 1. Defaults to 10.
+            which the phase ends; 0 counts as 1. Defaults to 10.
         min_delta: float >= 0; only a change by more than this is an improvement.
             Defaults to 1e-4.
         mode: `"min"` if lower is better, `"max"` if higher is, `"auto"` (the
-            default) to tell from the name of the metric: the last word in it that
-            says so counts, as in `<output>_<metric>`.
+            default) to tell from the name of the metric: the last word that tells
+            counts, because Keras' names are `<output>_<metric>`.
         cooldown: int >= 0, the number of epochs after a switch that do not count
             towards the patience. Defaults to 0.
         min_iterations: int >= 0, the number of updates that a phase makes in this
             call of `fit` before the callback may end it. Defaults to 0.
-        restore_best_weights: bool, whether after a phase that the callback ends the
-            next one starts from the weights of its best epoch, instead of its last:
-            those of the whole model, also if it has several optimizers. A copy of
-            them is then saved with the optimizer. Defaults to `False`.
+        restore_best_weights: bool, whether to go back to the weights of a phase's
+            best epoch when the callback ends the phase. They are those of the whole
+            model, even if it has several optimizers, and a copy of them is saved with
+            the optimizer. Defaults to `False`.
         verbose: 1 to print a line at each switch, 0 (the default) for silence.
         optimizer: the SequentialOptimizer whose phases the callback ends, or an
             optimizer that wraps it. Defaults to that of the model: the one in
@@ -89,8 +89,8 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         ValueError: if an argument breaks one of these rules, or if `mode="auto"`
             cannot tell from the name of the metric which way is better; when `fit`
             begins, if there is no SequentialOptimizer or more than one to choose
-            from, or if it is in its last phase already; after an epoch, if two of
-            these callbacks watch the same metric for the same optimizer.
+            from, or if the only one is in its last phase already; after an epoch, if
+            two of these callbacks watch the same metric for the same optimizer.
     """
 
     def __init__(
@@ -127,9 +127,9 @@ class SwitchOnPlateau(keras.callbacks.Callback):
                 )
 
     def set_model(self, model: keras.Model) -> None:
-        """Makes the notes into which a backup is restored, if there are none yet.
+        """Creates the notes that a backup may restore, if there are none yet.
 
-        Keras calls it before any callback restores one, and in `evaluate` as well.
+        Keras calls this before any callback restores a backup, and in `evaluate`, too.
         """
         super().set_model(model)
         self._sequence = find_sequence(self)
@@ -138,7 +138,7 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         self._noted = self._sequence.notes[self._seen_key]
 
     def on_train_begin(self, logs: Logs = None) -> None:
-        """Starts anew, unless a callback before this one has restored a backup."""
+        """Starts over, unless a callback before this one has restored a backup."""
         if self._sequence.notes.get(self._seen_key) is not self._noted:
             return
         if int(self._sequence.phase) == len(self._sequence.boundaries):
@@ -173,7 +173,7 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         if phase != seen.phase:
             seen = self._begin(seen.started, self.cooldown)
         seen.next_epoch = epoch + 1
-        # Not if the whole epoch belongs to a phase that has ended already.
+        # False if the whole epoch belongs to a phase that has ended already.
         is_of_phase = last_started(self._sequence.phase_starts) in (-1, phase)
         can_end = phase < len(self._sequence.boundaries)
         is_best = False
@@ -223,18 +223,18 @@ class SwitchOnPlateau(keras.callbacks.Callback):
             print_line(self, f"epoch {epoch + 1}: {before} -> {after}, after {wait}")
 
     def _begin(self, started: float, cooldown: int = 0) -> _Seen:
-        """Returns what has been seen of the current phase at its begin: nothing."""
+        """Returns what has been seen when the current phase begins: nothing."""
         best = -self._sign * math.inf
         return _Seen(int(self._sequence.phase), started, best, -1, cooldown)
 
     def _iterations(self) -> int:
         return int(self._sequence.iterations.numpy())
 
-    # What is noted with the optimizer is saved, and restored, with it.
+    # What is noted on the optimizer is saved and restored with the optimizer.
 
     def _read(self) -> _Seen:
         noted = self._sequence.notes.get(self._seen_key)
-        if noted is None:  # also in a backup that was made without the callback
+        if noted is None:  # also after a backup made without this callback
             return self._begin(self._iterations())
         return _Seen(*noted.tolist())
 
@@ -255,7 +255,7 @@ def _sign(mode: str, monitor: str) -> int:
     signs = {"min": -1, "max": 1}
     if mode in signs:
         return signs[mode]
-    # Keras names a metric `<output>_<metric>`, and `mean_io_u` is one of its own.
+    # Keras names a metric `<output>_<metric>`, and has one called `mean_io_u`.
     words = monitor.lower().replace("io_u", "iou").split("_") if mode == "auto" else []
     for word in reversed(words):
         if re.fullmatch(_LOWER, word):
