@@ -516,6 +516,15 @@ class SavedState(tf.train.experimental.PythonState):
         return notes
 
     # --- checkpoints of TensorFlow ---
+    #
+    # A restore calls, in this order:
+    #
+    #   is_foreign      for each part that was saved, this state first
+    #   deserialize     -> checks the layout and keeps it, or raises
+    #   (TensorFlow)    reads the variables, or raises
+    #   commit          -> sets what `deserialize` kept
+    #
+    # If the optimizer is not built then, `after_build` checks the layout again.
 
     def serialize(self) -> bytes:
         notes = self._note_arrays().items()

@@ -26,6 +26,8 @@ import tensorflow as tf
 from sequential_optimizer import _keras
 from sequential_optimizer._saving import STATE, items
 
+_DIGITS = 127  # per power of two in bfloat16, without the power itself
+
 Pairs = list[tuple[Any, Any]]  # a copy and its weight
 
 
@@ -170,9 +172,10 @@ def _seen_in_twin(
         numbers = start + np.arange(math.prod(probe.shape))
         start += numbers.size
         # Exact in bfloat16. Pairs of the values for factors 1 and 2 differ for
-        # 127 * 127 numbers.
-        numbers += (factor - 1) * (numbers // 127)
-        probe.assign(np.reshape(factor * (1 + (1 + numbers % 127) / 128), probe.shape))
+        # `_DIGITS` squared numbers.
+        numbers += (factor - 1) * (numbers // _DIGITS)
+        value = factor * (1 + (1 + numbers % _DIGITS) / (_DIGITS + 1))
+        probe.assign(np.reshape(value, probe.shape))
     twin = type(optimizer).from_config(copy.deepcopy(optimizer.get_config()))
     twin.build(probes)
     variables = _slots_of(twin)

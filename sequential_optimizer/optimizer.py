@@ -231,8 +231,9 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         """What callbacks keep in the saved state: named arrays of NumPy's own dtypes.
 
         Callbacks have no other place in a checkpoint. Loading sets the notes that
-        exist, if the file has them with the same dtype and shape, and drops the others;
-        so a callback should create its notes in `set_model`.
+        exist here and in the file, raises if one has another dtype or shape there, and
+        drops the rest of the file's; so a callback should create its notes in
+        `set_model`.
         """
         return self._saved_state.notes
 
