@@ -206,7 +206,19 @@ def _names_tell(saved: Layout, now: Layout) -> bool:
 
 def _is_same_order(saved: Layout, now: Layout) -> bool:
     before, current = _plain(saved), _plain(now)
-    return not before or not current or before == current
+    return not before or not current or _are_alike(before, current)
+
+
+def _are_alike(before: list[Any], current: list[Any]) -> bool:
+    """Whether shapes and paths are the same, but for models that a layer is nested in.
+
+    A path may begin with their names or not; Keras drops them from loaded models.
+    """
+    same_shapes = [shape for _, shape in before] == [shape for _, shape in current]
+    return same_shapes and all(
+        f"/{path}".endswith(f"/{other}") or f"/{other}".endswith(f"/{path}")
+        for (path, _), (other, _) in zip(before, current, strict=True)
+    )
 
 
 def _plain(layout: Layout) -> list[Any]:

@@ -68,10 +68,14 @@ def make_data() -> tuple[Any, Any]:
     return x, x.sum(axis=1, keepdims=True)
 
 
-def make_model(optimizer: Any) -> Any:
+def make_layers() -> Any:
     import keras
 
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    return keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+
+
+def make_model(optimizer: Any) -> Any:
+    model = make_layers()
     model.compile(optimizer, "mse")
     return model
 
@@ -119,14 +123,10 @@ def optuna(make: Callable) -> str:
 def scikeras(make: Callable) -> str:
     import pickle
 
-    import keras
     from scikeras.wrappers import KerasRegressor
     from sklearn.base import clone
 
     x, y = make_data()
-
-    def make_layers() -> Any:
-        return keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
 
     estimator = clone(
         KerasRegressor(make_layers, loss="mse", optimizer=make(), verbose=0)

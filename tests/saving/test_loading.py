@@ -710,3 +710,19 @@ def test_weights_that_are_trained_are_not_saved_with_a_child():
     optimizer.build([layer.kernel])
     optimizer.save_own_variables(store)
     assert not any("kept" in key for key in store)
+
+
+# A classifier on a pretrained base could not be resumed: Keras drops the names of
+# nested models from the paths when it loads them.
+def test_model_in_a_model_continues(tmp_path):
+    base = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)], name="base")
+    model = keras.Sequential([keras.Input((2,)), base, keras.layers.Dense(1)])
+    model.compile(SequentialOptimizer(["adam", "sgd"], [9]), "mse")
+    model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    paths = [[v.path for v in m.trainable_variables] for m in (model, loaded)]
+    assert paths[0] != paths[1]
+    assert_same(
+        weights_of(loaded.optimizer.variables), weights_of(model.optimizer.variables)
+    )
