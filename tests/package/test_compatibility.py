@@ -1,11 +1,11 @@
-"""The table of versions in the README is what was run."""
+"""The tables of versions and libraries in tests/README.md are what was run."""
 
 import json
 import re
 
 import pytest
 
-from tests import compatibility
+from tests import compatibility, works_with
 from tests.compatibility import ROOT
 
 OUTCOMES = json.loads(compatibility.OUTCOMES.read_text())
@@ -13,6 +13,13 @@ OUTCOMES = json.loads(compatibility.OUTCOMES.read_text())
 
 def test_readme_has_the_table():
     assert f"\n{compatibility.table(OUTCOMES)}\n" in compatibility.README.read_text()
+
+
+def test_readme_has_the_table_of_libraries():
+    outcomes = json.loads(works_with.OUTCOMES.read_text())
+    table = works_with.table(outcomes)
+    assert [one["library"] for one in outcomes] == list(works_with.PROGRAMS)
+    assert f"\n{table}\n" in works_with.README.read_text()
 
 
 @pytest.mark.parametrize("name", ["TensorFlow", "Keras"])
