@@ -328,6 +328,11 @@ def test_child_may_change_some_of_the_gradients(mode):
 # --- odd shapes --------------------------------------------------------------
 
 
+def make_two_sgd():
+    """Returns optimizers without variables of the weights' shapes."""
+    return [optimizers.SGD(0.1, name="first"), optimizers.SGD(0.2, name="second")]
+
+
 # XLA needs to know the number of rows; where nobody does, the gradient stays as it is.
 def test_sparse_gradients_of_a_variable_with_unknown_rows(mode):
     def train(make_optimizer):
@@ -345,9 +350,7 @@ def test_sparse_gradients_of_a_variable_with_unknown_rows(mode):
             step()
         return weight.numpy()
 
-    actual = train(
-        lambda: SequentialOptimizer([optimizers.SGD(0.1), optimizers.SGD(0.2)], [9])
-    )
+    actual = train(lambda: SequentialOptimizer(make_two_sgd(), [9]))
     np.testing.assert_array_equal(actual, train(lambda: optimizers.SGD(0.1)))
 
 
@@ -361,7 +364,7 @@ def test_sparse_gradients_of_plain_numbers():
 
 def test_variable_of_unknown_rank_is_trained_and_saved(tmp_path):
     weight = tf.Variable([[1.0], [2.0]], shape=tf.TensorShape(None))
-    optimizer = SequentialOptimizer([optimizers.SGD(0.1), optimizers.SGD(0.2)], [1])
+    optimizer = SequentialOptimizer(make_two_sgd(), [1])
     store = {}
     for _ in range(2):
         optimizer.apply([tf.ones((2, 1))], [weight])
