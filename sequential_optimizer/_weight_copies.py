@@ -122,9 +122,10 @@ def _examine(optimizer: Any) -> tuple[Pairs, list[str], str]:
         with _keras.random_state_kept(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # The user has seen these already.
             probes = [_probe_like(weight) for weight in weights]
-            first, second, again = (
-                _seen_in_twin(optimizer, slots, probes, i) for i in (1, 2, 1)
-            )
+            first = _seen_in_twin(optimizer, slots, probes, 1)
+            if not any(np.any(np.frombuffer(v)) for _, v in first[len(weights) :]):
+                return [], [], ""  # As most optimizers: nothing is taken from weights.
+            second, again = (_seen_in_twin(optimizer, slots, probes, i) for i in (2, 1))
     except Exception as error:  # noqa: BLE001
         # Whatever a user's class raises here, it may still train.
         stale = [slot.name for slot in slots if not _is_constant(slot)]

@@ -429,3 +429,18 @@ def test_build_draws_no_more_random_numbers_than_a_plain_one(make_child):
 
     ours = drawn(lambda *children: [SequentialOptimizer(children, [2])])
     assert ours == drawn(lambda *children: children)
+
+
+# To build twins of large models takes time, and most optimizers start from zeros.
+def test_optimizer_that_starts_from_zeros_gets_one_twin():
+    class Counted(keras.optimizers.Adam):
+        builds = 0
+
+        def build(self, variables):
+            Counted.builds += not self.built
+            super().build(variables)
+
+    SequentialOptimizer([Counted(), keras.optimizers.SGD()], [1]).build(
+        make_variables()
+    )
+    assert Counted.builds == 2
