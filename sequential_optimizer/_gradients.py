@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from sequential_optimizer._keras import is_trained
+from sequential_optimizer import _keras
 
 
 def check_gradients(grads: Sequence[Any], variables: Sequence[Any]) -> None:
@@ -34,9 +34,9 @@ def check_gradients(grads: Sequence[Any], variables: Sequence[Any]) -> None:
 def check_variables(variables: Sequence[Any], optimizer: Any) -> None:
     """Raises ValueError unless an optimizer was built on the variables."""
     unknown = [
-        getattr(variable, "path", variable.name)
+        _keras.path_of(variable)
         for variable in variables
-        if not is_trained(optimizer, variable)
+        if not _keras.is_trained(optimizer, variable)
     ]
     if unknown:
         raise ValueError(

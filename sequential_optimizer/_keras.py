@@ -109,6 +109,26 @@ def overwrite_with_averages(optimizer: Any) -> None:
             optimizer.assign(variable, variable.constraint(variable))
 
 
+# --- variables ---------------------------------------------------------------
+
+
+def is_of_keras(variable: Any) -> bool:
+    """Whether a variable is one of Keras, not of TensorFlow."""
+    # Not `isinstance`: in older versions of Keras, layers have variables of the class
+    # that `keras.Variable` is derived from.
+    return hasattr(variable, "path")
+
+
+def native(variable: Any) -> tf.Variable:
+    """Returns the variable of TensorFlow that a variable of Keras wraps."""
+    return variable.value if is_of_keras(variable) else variable
+
+
+def path_of(variable: Any) -> str:
+    """Returns the path of a variable of Keras, or the name of one of TensorFlow."""
+    return variable.path if is_of_keras(variable) else variable.name
+
+
 # --- random numbers ----------------------------------------------------------
 
 

@@ -34,7 +34,6 @@ from sequential_optimizer._vectors import (
     check_variable,
     flat,
     flat_gradient,
-    native,
     set_flat,
 )
 
@@ -261,7 +260,7 @@ class QuasiNewton(keras.optimizers.Optimizer):
             self._update,
             args=(
                 [found.get(_keras.key_of(self, v)) for v in variables],
-                [native(v) for v in variables],
+                [_keras.native(v) for v in variables],
                 [variable.value for variable in self._search],
                 [variable.value for variable in self._memory],
                 learning_rate,
@@ -327,7 +326,7 @@ class QuasiNewton(keras.optimizers.Optimizer):
             var_list: list of the variables that the optimizer was built on.
         """
         search = _Search(*(tf.convert_to_tensor(slot) for slot in self._search))
-        variables = [native(v) for v in _keras.trained_variables(self)]
+        variables = [_keras.native(v) for v in _keras.trained_variables(self)]
         trial, is_trial = _trial(search, variables)
         point = tf.where(is_trial, search.point, trial)
         self.assign(self._search.point, point)

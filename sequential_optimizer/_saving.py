@@ -201,7 +201,7 @@ def _trained_by(optimizer: Any) -> list[list[str]]:
     model's name, so a common beginning is dropped.
     """
     variables = _keras.trained_variables(optimizer)
-    paths = [_path_of(variable) for variable in variables]
+    paths = [_keras.path_of(variable) for variable in variables]
     counted = [[_counted(part) for part in path.split("/")] for path in paths]
     while len({path[0] for path in counted}) == 1 and min(map(len, counted)) > 2:
         counted = [path[1:] for path in counted]
@@ -214,10 +214,6 @@ def _trained_by(optimizer: Any) -> list[list[str]]:
     ]
     shapes = [str(variable.shape) for variable in variables]  # may have no rank
     return [list(row) for row in zip(paths, plain, shapes, strict=True)]
-
-
-def _path_of(variable: Any) -> str:
-    return getattr(variable, "path", variable.name)  # A `tf.Variable` has no path.
 
 
 def _counted(part: str) -> tuple[str, int]:
@@ -312,7 +308,7 @@ def _check_values(
             fits = lowest <= int(value.min()) and int(value.max()) <= highest
         if not fits:
             raise ValueError(
-                f"{source} must have {rule} for `{_path_of(variable)}`, in an "
+                f"{source} must have {rule} for `{_keras.path_of(variable)}`, in an "
                 f"array of shape {tuple(variable.shape)}. Received: {value!r:.99}. Use "
                 "those of an optimizer with the same children, as they were saved."
             )

@@ -5,13 +5,15 @@ from typing import Any
 
 import tensorflow as tf
 
+from sequential_optimizer import _keras
+
 # The distance from 1 to the next number, for each type that weights may have.
 EPSILON = {"float16": 2**-10, "bfloat16": 2**-7, "float32": 2**-23, "float64": 2**-52}
 
 
 def check_variable(variable: Any) -> None:
     """Raises ValueError unless a variable can be searched over."""
-    name = getattr(variable, "path", variable.name)
+    name = _keras.path_of(variable)
     dtype = tf.as_dtype(variable.dtype).name
     if dtype not in EPSILON or getattr(variable, "overwrite_with_gradient", False):
         raise ValueError(
@@ -45,16 +47,9 @@ def check_shape(gradient: Any, variable: Any) -> None:
     if not found.is_compatible_with(shape):
         raise ValueError(
             "Each entry of `grads` must have the shape of its variable. Received: "
-            f"{found} for `{getattr(variable, 'path', variable.name)}` of shape "
+            f"{found} for `{_keras.path_of(variable)}` of shape "
             f"{shape}. Pass the gradient of a scalar loss with respect to the variable."
         )
-
-
-def native(variable: Any) -> tf.Variable:
-    """Returns the TensorFlow variable that a Keras variable wraps."""
-    # Not `isinstance`: in older versions of Keras, layers have variables of the class
-    # that `keras.Variable` is derived from.
-    return variable.value if hasattr(variable, "path") else variable
 
 
 def flat(variables: Iterable[tf.Variable], dtype: tf.DType) -> tf.Tensor:

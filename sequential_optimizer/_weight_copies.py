@@ -38,14 +38,7 @@ def are_initialized(variables: Iterable[Any]) -> bool:
     """
     if tf.distribute.has_strategy():
         return True
-    tensors = (v.value if _is_of_keras(v) else v for v in variables)
-    return all(bool(tensor.is_initialized()) for tensor in tensors)
-
-
-def _is_of_keras(variable: Any) -> bool:
-    # Not `isinstance`: in older versions of Keras, layers have variables of the class
-    # that `keras.Variable` is derived from.
-    return hasattr(variable, "path")
+    return all(bool(_keras.native(v).is_initialized()) for v in variables)
 
 
 def retake(copies: Iterable[tuple[Any, Pairs]]) -> None:
@@ -154,7 +147,7 @@ def _probe_like(weight: Any) -> Any:
     sizes = (
         [2] if shape.rank is None else [2 if d is None else min(d, 2) for d in shape]
     )
-    if not _is_of_keras(weight):
+    if not _keras.is_of_keras(weight):
         name = weight.name.partition(":")[0]
         return tf.Variable(tf.zeros(sizes, weight.dtype), name=name)
     scope, _, name = weight.path.rpartition("/")
