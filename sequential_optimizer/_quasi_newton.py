@@ -104,11 +104,11 @@ class QuasiNewton(keras.optimizers.Optimizer):
 
     def __init__(
         self,
-        learning_rate: Any,
-        gradient_tolerance: float | None,
-        name: str | None,
-        loss_scale_factor: float | None,
-        gradient_accumulation_steps: int | None,
+        learning_rate: Any = 1e-2,
+        gradient_tolerance: float | None = None,
+        name: str | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(learning_rate, int | float) and not learning_rate >= 0:

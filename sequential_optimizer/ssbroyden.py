@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import keras
 import tensorflow as tf
@@ -82,24 +81,6 @@ class SSBroyden(QuasiNewton):
             has a constraint or an unknown shape, or is not floating-point, or if there
             are too many weights for the matrix.
     """
-
-    def __init__(
-        self,
-        learning_rate: Any = 1e-2,
-        gradient_tolerance: float | None = None,
-        name: str | None = None,
-        loss_scale_factor: float | None = None,
-        gradient_accumulation_steps: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            learning_rate=learning_rate,
-            gradient_tolerance=gradient_tolerance,
-            name=name,
-            loss_scale_factor=loss_scale_factor,
-            gradient_accumulation_steps=gradient_accumulation_steps,
-            **kwargs,
-        )
 
     def _add_memory(self, size: int, dtype: str) -> list[keras.Variable]:
         if size**2 > _MAX_ELEMENTS:
