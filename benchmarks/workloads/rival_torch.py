@@ -1,11 +1,21 @@
 """The same training in PyTorch: two optimizers and a Python `if`."""
 
+import sys
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
-from benchmarks.workloads.rival import NotAvailableError, Trainer, Trainers, Work
+# Triton, which comes with CUDA builds, crashes in a process with TensorFlow in it.
+sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
+
+import torch  # noqa: E402
+
+from benchmarks.workloads.rival import (  # noqa: E402
+    NotAvailableError,
+    Trainer,
+    Trainers,
+    Work,
+)
 
 SWITCHING = "two optimizers and an if"
 
