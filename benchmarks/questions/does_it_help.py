@@ -1,10 +1,12 @@
 """Does switching make a better model?
 
-    python -m benchmarks does_it_help            # about 12 minutes on two cores
+    python -m benchmarks does_it_help            # about 15 minutes on two cores
     python -m benchmarks does_it_help --quick    # seconds, but too short to compare
 
 Adam, SGD with momentum, both in a sequence that switches halfway, and both in one that
-`SwitchOnPlateau` switches, on two tasks (workloads/learning_tasks.py). Learning
+`SwitchOnPlateau` switches, on two tasks (workloads/learning_tasks.py). Two more tell
+what the switch is worth: Adam that lowers its learning rate to a tenth halfway, and the
+sequence that takes SGD's learning rate from Adam by a rule of thumb. Learning
 rates are tuned for all by the same rule: of one grid, for a sequence of all pairs from
 it, those with the lowest mean loss on the validation data, over seeds that are not used
 for testing. Then once more with Keras' default learning rates, as one would begin. A
@@ -39,10 +41,13 @@ from sequential_optimizer import SequentialOptimizer, SwitchOnPlateau
 
 ALONE = ("Adam", "SGD")
 HALFWAY, PLATEAU = "switch halfway", "switch on plateau"
-CONTENDERS = (*ALONE, HALFWAY, PLATEAU)
+LOWERED, RULE = "Adam, lowered halfway", "switch by rule of thumb"
+CONTENDERS = (*ALONE, HALFWAY, PLATEAU, LOWERED, RULE)
+LOWERED_BY = 0.1
+MOMENTUM = 0.9
 CONFIDENCE = 0.95
 # Those that Keras gives Adam and SGD.
-DEFAULT_RATES = {"Adam": (1e-3,), "SGD": (1e-2,)}
+DEFAULT_RATES = {"Adam": (1e-3,), "SGD": (1e-2,), LOWERED: (1e-3,), RULE: (1e-3,)}
 DEFAULT_RATES |= dict.fromkeys((HALFWAY, PLATEAU), (1e-3, 1e-2))
 
 
@@ -51,8 +56,8 @@ class Settings:
     """How long it takes.
 
     Args:
-        digits_epochs: epochs of 33 updates.
-        teacher_epochs: epochs of 100 updates.
+        digits_epochs: epochs of 33 updates, an even number.
+        teacher_epochs: epochs of 100 updates, an even number.
         rates: the grid of learning rates.
         tuning_seeds: runs for each entry of the grid.
         seeds: runs for testing.
@@ -137,7 +142,8 @@ class Contender:
         self.model.set_weights(self.task.make_model().get_weights())
         for variable, value in zip(self.optimizer.variables, self._fresh, strict=True):
             variable.assign(value)
-        for child, rate in zip(self.children, rates, strict=True):
+        # The rule of thumb sets the second one later.
+        for child, rate in zip(self.children, rates, strict=False):
             child.learning_rate = rate
 
     def train_epoch(self, data: Data, order: np.ndarray) -> None:
@@ -156,9 +162,15 @@ class Contender:
         split = self.task.load(seed)
         self.restart(seed, rates)
         callback = self._make_callback(split)
+        rule = None
         for epoch, order in enumerate(orders(split, self.task.epochs, seed)):
             if callback:
                 callback.on_epoch_begin(epoch)
+            if 2 * epoch == self.task.epochs and self.name == LOWERED:
+                self.optimizer.learning_rate = LOWERED_BY * rates[0]
+            if 2 * epoch == self.task.epochs and self.name == RULE:
+                adam, sgd = self.children
+                rule = sgd.learning_rate = rate_by_rule(adam, MOMENTUM)
             self.train_epoch(split.train, order)
             if callback:
                 loss, _ = self.loss_and_outputs(split.validation)
@@ -170,6 +182,7 @@ class Contender:
             "test_loss": test_loss,
             "metric": self.task.judge(outputs, split.test[1]),
             "updates_by_child": [int(child.iterations) for child in self.children],
+            "rate_by_rule": rule,
         }
 
     def _make_callback(self, split: Split) -> SwitchOnPlateau | None:
@@ -187,10 +200,29 @@ class Contender:
 def make_optimizer(name: str, boundary: int) -> keras.optimizers.Optimizer:
     """Returns the optimizer of a contender; its learning rates are set later."""
     adam = keras.optimizers.Adam(name="adam")
-    sgd = keras.optimizers.SGD(momentum=0.9, name="sgd")
-    if name in ALONE:
-        return adam if name == "Adam" else sgd
-    return SequentialOptimizer([adam, sgd], [boundary if name == HALFWAY else None])
+    sgd = keras.optimizers.SGD(momentum=MOMENTUM, name="sgd")
+    if name in ("Adam", LOWERED):
+        return adam
+    if name == "SGD":
+        return sgd
+    return SequentialOptimizer([adam, sgd], [None if name == PLATEAU else boundary])
+
+
+def rate_by_rule(adam: keras.optimizers.Adam, momentum: float) -> float:
+    """Returns the learning rate with which SGD begins with steps as long as Adam's.
+
+    SGD with momentum moves by rate / (1 - momentum) along a gradient that does not
+    change. Adam has moved by its last step along its first moment.
+    """
+    firsts, seconds = (
+        np.concatenate([v.numpy().ravel() for v in adam.variables if kind in v.name])
+        for kind in ("_momentum", "_velocity")
+    )
+    count = int(adam.iterations)
+    rate = float(adam.learning_rate) * np.sqrt(1 - adam.beta_2**count)
+    rate /= 1 - adam.beta_1**count
+    step = rate * firsts / (np.sqrt(seconds) + adam.epsilon)
+    return float((1 - momentum) * np.linalg.norm(step) / np.linalg.norm(firsts))
 
 
 def orders(split: Split, epochs: int, seed: int) -> list[np.ndarray]:
@@ -259,12 +291,14 @@ def try_rates(
         **mean_and_interval(values),
         "loss": mean_and_interval([run["test_loss"] for run in runs]),
         "updates_by_child": [run["updates_by_child"] for run in runs],
+        "rates_by_rule": [run["rate_by_rule"] for run in runs if run["rate_by_rule"]],
     }
 
 
 def grid(contender: Contender, settings: Settings) -> list[tuple[float, ...]]:
     """Returns the learning rates that are tried: for two optimizers all pairs."""
-    return list(itertools.product(settings.rates, repeat=len(contender.children)))
+    count = 1 if contender.name == RULE else len(contender.children)
+    return list(itertools.product(settings.rates, repeat=count))
 
 
 def at_edge(rate: float, settings: Settings) -> bool:
@@ -293,7 +327,7 @@ def check(contenders: list[Contender], task: LearningTask) -> None:
     Raises:
         CheckError: if after some updates of each the weights are others.
     """
-    adam, sgd, _, plateau = contenders
+    adam, sgd, _, plateau, *_ = contenders
     rates = (1e-3, 1e-2)
     split = task.load(0)
     # A few, because what rounding does grows with every update.
@@ -313,10 +347,13 @@ def check(contenders: list[Contender], task: LearningTask) -> None:
 
 
 def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the differences of the sequences to each optimizer alone."""
+    """Returns the differences of the sequences to each optimizer without a switch."""
     by_name = {row["contender"]: row for row in rows}
     found = []
-    for name, alone in itertools.product((HALFWAY, PLATEAU), ALONE):
+    for name, alone in [
+        *itertools.product((HALFWAY, PLATEAU), (*ALONE, LOWERED)),
+        (RULE, HALFWAY),
+    ]:
         values = np.subtract(by_name[name]["values"], by_name[alone]["values"])
         found.append(
             {
@@ -349,7 +386,7 @@ def table_of_contenders(result: dict[str, Any]) -> report.Table:
         (
             f"{row['task']}: {row['metric']}",
             row["contender"],
-            ", ".join(rate_as_text(rate, row) for rate in row["rates"]),
+            rates_as_text(row),
             as_text(row, ".2f"),
             updates_as_text(row["updates_by_child"]),
         )
@@ -363,12 +400,22 @@ def table_of_contenders(result: dict[str, Any]) -> report.Table:
         f"over {settings['tuning_seeds']} other seeds. A star: at the edge of the "
         "grid. So a sequence was tuned over more combinations, but neither when it "
         "switches nor the momentum (0.9) was tuned. The plateau switch looks at the "
-        "validation data while it trains. No contender has a schedule, which might do "
-        "as much for one optimizer as the switch. Last column: updates with each "
-        "optimizer, the mean."
+        "validation data while it trains. The rule of thumb: SGD's rate is "
+        "(1 - momentum) |Adam's last step| / |its first moment|. Last column: updates "
+        "with each optimizer, the mean."
     )
     header = ("task: metric", "contender", "learning rates", "mean", "updates")
     return report.Table(caption, header, rows)
+
+
+def rates_as_text(row: dict[str, Any]) -> str:
+    """Returns the learning rates, and what the rule of thumb made of them."""
+    texts = [rate_as_text(rate, row) for rate in row["rates"]]
+    # What was measured before 2026-11-25 does not have them.
+    if row.get("rates_by_rule"):
+        low, high = min(row["rates_by_rule"]), max(row["rates_by_rule"])
+        texts.append(f"{low:.2g} to {high:.2g} by the rule")
+    return ", ".join(texts)
 
 
 def rate_as_text(rate: float, row: dict[str, Any]) -> str:
@@ -440,17 +487,17 @@ def verdict(row: dict[str, Any]) -> str:
 
 def headline(result: dict[str, Any]) -> str:
     """Answers the question in one sentence."""
+    rows = [row for row in result["differences"] if row["contender"] != RULE]
     texts = []
-    for task in dict.fromkeys(row["task"] for row in result["differences"]):
-        verdicts = [
-            verdict(row) for row in result["differences"] if row["task"] == task
-        ]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        verdicts = [verdict(row) for row in rows if row["task"] == task]
         texts.append(
             f"better in {verdicts.count('better')} and worse in "
             f"{verdicts.count('worse')} of {len(verdicts)} comparisons on {task}"
         )
+    others = "; ".join(dict.fromkeys(row["alone"] for row in rows))
     return (
-        f"Compared with Adam alone and with SGD alone, switching was "
+        f"Compared with one optimizer ({others}), switching was "
         f"{', and '.join(texts)}; the others show no difference."
     )
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from scipy import stats
 
 from benchmarks.harness import report
@@ -108,6 +110,35 @@ def test_plateau_switches_when_nothing_improves(contenders):
     assert run["updates_by_child"] == [20, 20]
 
 
+def test_lowered_rate_is_a_tenth_from_halfway_on(contenders):
+    contender = contenders[does_it_help.LOWERED]
+    contender.train(0, (1e-2,))
+    assert float(contender.optimizer.learning_rate) == pytest.approx(1e-3)
+    assert contender.train(0, (1e-2,))["updates_by_child"] == [20]
+
+
+def test_rule_of_thumb_continues_with_steps_of_the_same_length():
+    adam = keras.optimizers.Adam(1e-2)
+    weight = keras.Variable(np.zeros(3, "float32"))
+    gradient = np.float32([0.5, -2.0, 8.0])
+    for _ in range(3):
+        adam.apply([tf.constant(gradient)], [weight])
+    # A gradient that does not change: each weight moves by the learning rate, and the
+    # first moment is 1 - 0.9^3 of it.
+    expected = 0.1 * 1e-2 * 3**0.5 / ((1 - 0.9**3) * np.linalg.norm(gradient))
+    assert does_it_help.rate_by_rule(adam, 0.9) == pytest.approx(expected, rel=1e-4)
+
+
+def test_run_by_rule_of_thumb_says_its_rate(contenders):
+    contender = contenders[does_it_help.RULE]
+    run = contender.train(0, (3e-3,))
+    assert run["updates_by_child"] == [10, 10]
+    assert float(contender.children[1].learning_rate) == pytest.approx(
+        run["rate_by_rule"]
+    )
+    assert run["rate_by_rule"] > 0
+
+
 def test_sequence_that_does_something_else_is_refused(contenders, monkeypatch):
     task = small_task()
     does_it_help.check(list(contenders.values()), task)
@@ -141,7 +172,7 @@ def test_difference_whose_interval_contains_zero_is_none(mean, says):
 
 def test_differences_are_taken_seed_by_seed():
     values = {"Adam": [1.0, 5.0], "SGD": [0.0, 0.0]}
-    values |= {does_it_help.HALFWAY: [2.0, 6.0], does_it_help.PLATEAU: [1.0, 5.0]}
+    values |= {name: [2.0, 6.0] for name in does_it_help.CONTENDERS[2:]}
     rows = [
         {"task": "t", "metric": "m", "contender": name, "values": v}
         for name, v in values.items()
@@ -167,7 +198,7 @@ def test_quick_run_tunes_and_tests_on_different_seeds(monkeypatch, tmp_path, cap
     report.ask(does_it_help, TINY, True, tmp_path)
     result = report.read(does_it_help, tmp_path)
     assert len(result["contenders"]) == 2 * len(does_it_help.CONTENDERS)
-    assert len(result["differences"]) == 2 * 4
+    assert len(result["differences"]) == 2 * 7
     for row in result["contenders"]:
         runs = seeds[row["contender"]]
         tested = {seed for seed, _ in runs if seed < does_it_help.FIRST_TUNING_SEED}
@@ -184,10 +215,11 @@ def test_quick_run_tunes_and_tests_on_different_seeds(monkeypatch, tmp_path, cap
         assert len(row["values"]) == 2
         assert np.isfinite(row["loss"]["mean"])
     untuned = does_it_help.tables(result)[2]
-    assert len(untuned.rows) == len(result["untuned"]) == 8
+    assert len(untuned.rows) == len(result["untuned"]) == 12
     assert [row[-2:] == ("-", "-") for row in untuned.rows] == 2 * [
         *[True] * 2,
         *[False] * 2,
+        *[True] * 2,
     ]
     shown = capsys.readouterr().out
     assert "neither" in shown or "better" in shown or "worse" in shown
