@@ -5,6 +5,7 @@ What a question is stands in benchmarks/questions/__init__.py.
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -77,20 +78,35 @@ def ask(question: Any, settings: Any, quick: bool, results: Path) -> None:
     if hasattr(question, "prepare"):
         question.prepare()
     compile_something()
-    result = {
+    head = {
         "question": name,
         "environment": environment(quick),
         "settings": dataclasses.asdict(settings),
-        **question.measure(settings),
     }
     results.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=1, allow_nan=False)
-    (results / f"{name}.json").write_text(text + "\n")
+    for measured in results_in_sittings(question, settings, results):
+        result = {**head, **measured}
+        text = json.dumps(result, indent=1, allow_nan=False)
+        (results / f"{name}.json").write_text(text + "\n")
     draw(question, results)
     for table in question.tables(result):
         say(f"\n{table.as_text()}")
     say(f"\n{question.headline(result)}")
     say(f"\nwritten: {results / name}.json and .png\n")
+
+
+def results_in_sittings(
+    question: Any, settings: Any, results: Path
+) -> Iterable[dict[str, Any]]:
+    """Yields what was measured; a question that takes hours, after each part."""
+    if not hasattr(question, "measure_in_sittings"):
+        return [question.measure(settings)]
+    earlier: dict[str, Any] = {}
+    if (results / f"{name_of(question)}.json").exists():
+        earlier = read(question, results)
+        if earlier["settings"] != json.loads(json.dumps(dataclasses.asdict(settings))):
+            earlier = {}
+    return question.measure_in_sittings(settings, earlier)
 
 
 def read(question: Any, results: Path) -> dict[str, Any]:

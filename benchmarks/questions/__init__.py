@@ -10,7 +10,14 @@ The docstring of a question begins with the question. It has
     headline(result)    answers the question in one sentence
     draw(result)        makes a matplotlib `Figure`
 
-and, if it is one of the costs in the main README, `COST`, its title there. A function
+A question that takes hours has, in place of `measure`,
+
+    measure_in_sittings(settings, earlier)
+
+a generator of what `measure` returns, after each part of it. It leaves out what stands in
+`earlier`, the result of the last sitting with the same settings, or `{}`.
+
+If it is one of the costs in the main README, it has `COST`, its title there. A function
 `prepare` is called before TensorFlow starts its devices.
 
 `tables`, `headline` and `draw` see nothing but the JSON file, and nobody else knows
@@ -28,5 +35,6 @@ QUESTIONS = (
     "quasi_newton",
     "gpu",
     "does_it_help",
+    "pinn",
     "faults",
 )
