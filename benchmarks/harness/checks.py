@@ -1,6 +1,8 @@
 """Checks that what is timed does what it is said to do."""
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -60,3 +62,14 @@ def check_same(
             f"by {off:.2g} of what the updates changed; allowed is {tolerance:.2g}."
         )
     return off
+
+
+def count_different(actual: Sequence[Any], expected: Sequence[Any]) -> int:
+    """Returns how many tensors are missing or not the same, bit by bit."""
+
+    def bits(tensor: Any) -> tuple[Any, ...]:
+        array = np.asarray(tensor)
+        return array.dtype, array.shape, array.tobytes()
+
+    pairs = itertools.zip_longest(actual, expected)
+    return sum(bits(a) != bits(b) for a, b in pairs)
