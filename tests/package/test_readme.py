@@ -44,8 +44,15 @@ def test_examples_of_the_readme(names):
         exec(compile(block, path, "exec"), names)
     assert {0, 1} == set(names["history"].history["phase"])
     assert int(names["model"].optimizer.phase) == 1
-    assert int(names["model"].optimizer.iterations) == 150
-    assert int(names["resumed"].optimizer.iterations) == 160
+    assert int(names["model"].optimizer.iterations) == 30
+    assert int(names["resumed"].optimizer.iterations) == 40
+    assert list(names["u"].optimizer.phase_starts) == [0, 500]
+    # u'' + 4 u' + 400 u = 0 is solved: u swings, and its swing has become smaller.
+    t = np.linspace(0, 1, 101)
+    exact = np.exp(-2 * t) * (
+        np.cos(396**0.5 * t) + 2 * np.sin(396**0.5 * t) / 396**0.5
+    )
+    np.testing.assert_allclose(names["u"](t[:, None])[:, 0], exact, atol=0.02)
 
 
 @pytest.mark.parametrize(
