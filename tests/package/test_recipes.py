@@ -14,7 +14,7 @@ from tests.helpers.oracle import assert_same
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 (TRAIN_STEP,) = re.findall(
-    r"^```python\n([^`]*?def train_step.*?)^```$", README, re.M | re.S
+    r"^```python\n([^`]*?def train_step\(x, y\).*?)^```$", README, re.M | re.S
 )
 (HAS_STALLED,) = re.findall(
     r"^```python\n([^`]*?def has_stalled.*?)^```$", README, re.M | re.S
