@@ -5,7 +5,6 @@ counts is the best point that it has seen.
 """
 
 import contextlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -111,9 +110,8 @@ def tfp_search(function: FlatLoss) -> None:
 
 def torch_search(function: FlatLoss) -> None:
     """Searches with PyTorch."""
-    # Triton, which comes with CUDA, crashes beside TensorFlow.
-    sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
-    import torch
+    # As it is imported there, it does not crash beside TensorFlow.
+    from benchmarks.workloads.rival_torch import torch
 
     weights = torch.from_numpy(function.first.copy()).requires_grad_()
     optimizer = torch.optim.LBFGS(
