@@ -54,19 +54,10 @@ def make_points() -> Points:
     return {"inside": tf.constant(inside), "start": tf.zeros((1, 1), tf.float64)}
 
 
-def fit(model: Oscillator, points: Points, steps: int) -> None:
-    """Makes some steps, each with all points."""
-    data = tf.data.Dataset.from_tensors(points).repeat()
-    epochs = steps // AT_ONCE
-    model.fit(data, steps_per_epoch=AT_ONCE, epochs=epochs, shuffle=False, verbose=0)
-
-
 def relative_error(model: Oscillator) -> float:
-    """Returns how far the network is from the solution, over the size of that."""
+    """Returns how far the network is from the solution."""
     t = np.linspace(0, 1, 1001)
-    exact = model.solution(t)
-    off = model(tf.constant(t[:, np.newaxis])).numpy()[:, 0] - exact
-    return float(np.linalg.norm(off) / np.linalg.norm(exact))
+    return model.relative_error(tf.constant(t[:, np.newaxis]), model.solution(t))
 
 
 def state(model: Oscillator) -> list[np.ndarray]:
@@ -84,15 +75,15 @@ def show(settings: Settings, folder: Path) -> None:
     points = make_points()
     for second in (None, LBFGS, SSBroyden):
         model = make_model(second, settings.boundary)
-        fit(model, points, settings.save_at)
+        model.fit_points(points, settings.save_at, AT_ONCE)
         path = folder / "oscillator.keras"
         model.save(path)
-        fit(model, points, settings.steps - settings.save_at)
+        model.fit_points(points, settings.steps - settings.save_at, AT_ONCE)
         name = f", then {second.__name__}" if second else " alone"
         say(f"{'Adam' + name:<20} {relative_error(model):.1e}")
     resumed = keras.models.load_model(path)
     first = int(resumed.optimizer.iterations)
-    fit(resumed, points, settings.steps - first)
+    resumed.fit_points(points, settings.steps - first, AT_ONCE)
     unlike = count_different(state(resumed), state(model))
     way = f"iteration {first} to {int(resumed.optimizer.iterations)}"
     say(f".keras      {way}, phase 1: {'DIFFERENT' if unlike else 'identical'}")

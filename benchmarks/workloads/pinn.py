@@ -4,7 +4,7 @@ A network u is trained until an equation holds at given points inside of the dom
 on its border. All points are one batch: the loss is the same function at every step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -60,6 +60,24 @@ class PINN(keras.Model):
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         """Returns u at some points."""
         return self.network(inputs)
+
+    def fit_points(
+        self, points: Points, steps: int, at_once: int, callbacks: Sequence[Any] = ()
+    ) -> None:
+        """Calls `fit` with all points in each step, and `at_once` steps an epoch."""
+        self.fit(
+            tf.data.Dataset.from_tensors(points).repeat(),
+            steps_per_epoch=at_once,
+            epochs=steps // at_once,
+            shuffle=False,
+            callbacks=list(callbacks),
+            verbose=0,
+        )
+
+    def relative_error(self, at: tf.Tensor, exact: np.ndarray) -> float:
+        """Returns the norm of the difference from the solution, over that of it."""
+        off = self(at).numpy()[:, 0] - exact
+        return float(np.linalg.norm(off) / np.linalg.norm(exact))
 
     def first_derivatives(self, at: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """Returns u, and its derivative by each input."""
@@ -240,16 +258,9 @@ def draw_points(problem: type[PINN], seed: int, dtype: str) -> Points:
 def make_error(
     problem: type[PINN], dtype: str, size: int = 100
 ) -> Callable[[PINN], float]:
-    """Returns a function that compares a network with the solution on a grid.
-
-    The error is relative: the norm of the difference over that of the solution.
-    """
+    """Returns a function from a network to its relative error on a grid."""
     x, t = np.meshgrid(*(np.linspace(low, high, size) for low, high in problem.domain))
     grid = tf.constant(np.stack([x.ravel(), t.ravel()], axis=1), dtype)
     exact = problem.solution(x.ravel(), t.ravel())
 
-    def error(model: PINN) -> float:
-        off = model(grid).numpy()[:, 0] - exact
-        return float(np.linalg.norm(off) / np.linalg.norm(exact))
-
-    return error
+    return lambda model: model.relative_error(grid, exact)

@@ -6,7 +6,7 @@ rival that takes over the weights from Adam (workloads/pinn_rivals.py).
 
 import importlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +108,8 @@ class Training:
         optimizer.build(self.model.trainable_variables)
         self._fresh = [np.array(v.numpy()) for v in optimizer.variables]
         # Traces and compiles, so that no run is timed with it.
-        self.fit(draw_points(self.problem, 0, cell.dtype), 1, [])
+        points = draw_points(self.problem, 0, cell.dtype)
+        self.model.fit_points(points, EPOCH, EPOCH)
 
     def make_model(self) -> PINN:
         """Returns a new network."""
@@ -121,17 +122,6 @@ class Training:
         contender = self.cell.contender
         share = contender.share if contender.rival else 1.0
         return round(share * self.cell.steps)
-
-    def fit(self, points: Any, epochs: int, callbacks: Sequence[Any]) -> None:
-        """Calls `Model.fit` with all points in each step."""
-        self.model.fit(
-            tf.data.Dataset.from_tensors(points).repeat(),
-            steps_per_epoch=EPOCH,
-            epochs=epochs,
-            shuffle=False,
-            callbacks=list(callbacks),
-            verbose=0,
-        )
 
     def run(self, seed: int) -> dict[str, Any]:
         """Makes a whole run, and returns its row."""
@@ -149,7 +139,7 @@ class Training:
             callbacks.append(
                 SwitchOnPlateau("loss", patience=PATIENCE, min_delta=MIN_DELTA * loss)
             )
-        self.fit(points, self.steps_in_fit // EPOCH, callbacks)
+        self.model.fit_points(points, self.steps_in_fit, EPOCH, callbacks)
         row = {
             "problem": cell.problem,
             "contender": cell.contender.name,
