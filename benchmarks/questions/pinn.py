@@ -203,7 +203,15 @@ def tuned_rate(rows: list[dict[str, Any]], problem: str, contender: Contender) -
             contender.first,
         ):
             errors.setdefault(row["rate"], []).append(error_of(row))
-    return min(errors, key=lambda rate: float(np.median(errors[rate])))
+    return min(errors, key=lambda rate: quantile(errors[rate], 0.5))
+
+
+def quantile(errors: list[float], share: float) -> float:
+    """Returns an error that was measured: the upper of the two in the middle.
+
+    So the median is infinite if half of the runs diverged.
+    """
+    return float(np.quantile(errors, share, method="higher"))
 
 
 def is_tuning(row: dict[str, Any]) -> bool:
@@ -287,7 +295,7 @@ class Group:
     @property
     def median(self) -> float:
         """The median of the errors."""
-        return float(np.median(self.errors))
+        return quantile(self.errors, 0.5)
 
     @property
     def failed(self) -> str:
@@ -297,13 +305,13 @@ class Group:
     @property
     def text(self) -> str:
         """The median of the errors with its quartiles."""
-        low, median, high = np.quantile(self.errors, [0.25, 0.5, 0.75], method="lower")
-        return f"{median:.1e} ({low:.1e} to {high:.1e})"
+        low, high = (quantile(self.errors, share) for share in (0.25, 0.75))
+        return f"{self.median:.1e} ({low:.1e} to {high:.1e})"
 
     def median_of(self, key: str) -> float:
         """Returns the median of what else a row says."""
         values = [np.inf if row[key] is None else row[key] for row in self.rows]
-        return float(np.median(values))
+        return quantile(values, 0.5)
 
 
 def groups_of(
@@ -434,8 +442,11 @@ def draw(result: dict[str, Any]) -> Figure:
         if group is None:
             continue
         curves = np.array([row["curve"] for row in group.rows], dtype=float)
+        curves[np.isnan(curves)] = np.inf
         steps = EPOCH * np.arange(1, curves.shape[1] + 1)
-        low, median, high = np.quantile(curves, [0.25, 0.5, 0.75], axis=0)
+        low, median, high = np.quantile(
+            curves, [0.25, 0.5, 0.75], axis=0, method="higher"
+        )
         axes.plot(steps, median, color=color, label=contender.name)
         axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
     begins = MAIN[-1].share * settings["steps"]
