@@ -60,6 +60,15 @@ class FlatLoss:
             self._best = loss, flat
         return loss, gradient
 
+    def or_zeros(self, flat: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Like a call, but zeros if there is nothing left; those do not count.
+
+        For searches inside of a program, which an error would not end.
+        """
+        if self.is_spent:
+            return np.zeros((), self.first.dtype), np.zeros_like(self.first)
+        return self(flat)
+
     def go_to_best(self) -> None:
         """Sets the weights that had the lowest loss."""
         self._set(tf.constant(self._best[1]))
@@ -92,16 +101,20 @@ def scipy_search(method: str, **options: Any) -> Callable[[FlatLoss], None]:
 
 
 def tfp_search(function: FlatLoss) -> None:
-    """Searches with TensorFlow Probability."""
+    """Searches with TensorFlow Probability, which calls the function from a graph."""
     import tensorflow_probability as tfp
 
-    def evaluate(flat: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        loss, gradient = function(flat.numpy())
-        return tf.constant(loss), tf.constant(gradient)
+    first = tf.constant(function.first)
 
-    tfp.optimizer.lbfgs_minimize(
+    def evaluate(flat: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        loss, gradient = tf.numpy_function(
+            function.or_zeros, [flat], [first.dtype, first.dtype]
+        )
+        return tf.ensure_shape(loss, []), tf.ensure_shape(gradient, first.shape)
+
+    tf.function(tfp.optimizer.lbfgs_minimize, autograph=False)(
         evaluate,
-        function.first,
+        first,
         num_correction_pairs=HISTORY,
         tolerance=0.0,
         max_iterations=function.budget,
@@ -141,18 +154,12 @@ def optax_search(function: FlatLoss) -> None:
     first = jnp.asarray(function.first)
     shapes = (jax.ShapeDtypeStruct((), first.dtype), jax.ShapeDtypeStruct.like(first))
 
-    def ask(flat: Any) -> Any:
-        # An error here would not end the program; what comes too late does not count.
-        if function.is_spent:
-            return np.zeros((), first.dtype), np.zeros(first.shape, first.dtype)
-        return function(flat)
-
     @jax.custom_vjp
     def loss_of(flat: Any) -> Any:
-        return jax.pure_callback(ask, shapes, flat)[0]
+        return jax.pure_callback(function.or_zeros, shapes, flat)[0]
 
     loss_of.defvjp(
-        lambda flat: jax.pure_callback(ask, shapes, flat),
+        lambda flat: jax.pure_callback(function.or_zeros, shapes, flat),
         lambda gradient, factor: (factor * gradient,),
     )
     optimizer = optax.lbfgs(memory_size=HISTORY)
