@@ -116,7 +116,7 @@ def restore_deferred(folder, make):
     return model
 
 
-KERAS = {
+WAYS = {
     "keras": Way(save_keras, load_keras),
     "weights_h5": Way(save_weights_h5, load_weights_h5),
     "weights_of_keras_file": Way(save_keras, load_weights_of_keras_file),
@@ -124,8 +124,6 @@ KERAS = {
     "deepcopy": Way(save_weights_h5, deepcopy),
     "set_weights": Way(save_arrays, set_weights),
     "clone_model": Way(save_weights_h5, clone),
-}
-CHECKPOINT = {
-    "built": Way(save_checkpoint, restore),
-    "deferred": Way(save_checkpoint, restore_deferred),
+    "checkpoint": Way(save_checkpoint, restore),
+    "checkpoint_deferred": Way(save_checkpoint, restore_deferred),
 }

@@ -20,12 +20,11 @@ from tests.helpers.oracle import (
     weights_of,
 )
 from tests.helpers.saving import build, make_model
-from tests.helpers.saving_ways import CHECKPOINT, KERAS
+from tests.helpers.saving_ways import WAYS
 
 # The warning is meant for people; here a child may well follow itself.
 pytestmark = pytest.mark.filterwarnings("ignore:At a boundary between the same")
 
-WAYS = KERAS | CHECKPOINT
 # Two of the same class, which a file tells apart by their order only.
 KINDS = {
     "adam": lambda: keras.optimizers.Adam(0.05, name="adam"),

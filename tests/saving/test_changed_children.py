@@ -436,10 +436,14 @@ def test_anything_else_is_refused(saved, change, name):
 
 
 @pytest.mark.parametrize("name", [n for n, f in FORMATS.items() if f.built])
-def test_refusal_does_not_spoil_the_next_load(saved, name):
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [(_adam_nadam, "another class"), (_adam, "must have been saved from one")],
+)
+def test_refusal_does_not_spoil_the_next_load(saved, name, other, reason):
     model = _prepared(name, adam_sgd())
-    _, folder = saved(name, "nadam", _adam_nadam)
-    with pytest.raises(ValueError, match="another class"):
+    _, folder = saved(name, "other", other)
+    with pytest.raises(ValueError, match=reason):
         warnings_of(FORMATS[name].load, model, folder)
     run, folder = saved(name, "adam_sgd", adam_sgd)
     FORMATS[name].load(model, folder)

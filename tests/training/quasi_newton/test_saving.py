@@ -10,7 +10,7 @@ import tensorflow as tf
 from sequential_optimizer import LBFGS, SequentialOptimizer, SSBroyden
 from tests.helpers.oracle import assert_same
 from tests.helpers.saving import build, make_model, state_of
-from tests.helpers.saving_ways import CHECKPOINT, KERAS
+from tests.helpers.saving_ways import WAYS
 
 MAKE = {
     "LBFGS": lambda: LBFGS(learning_rate=0.25, history_size=4),
@@ -21,7 +21,6 @@ MAKE = {
 }
 # What they share is most of it, so two will do most of the time.
 SOME = ["LBFGS", "child", pytest.param("SSBroyden", marks=pytest.mark.slow)]
-WAYS = KERAS | CHECKPOINT
 CALLS = 18
 # The calls after which so many points in a row are rejected, as not finite.
 SAVED_AFTER = {0: 8, 1: 11, 2: 12}
