@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sequential_optimizer import PhaseLogger, SequentialOptimizer
+from tests.helpers.models import make_model, state_of
 from tests.helpers.oracle import assert_same, weights_of
 
 EPOCHS = 4
@@ -42,10 +43,8 @@ def wrap(request):
     return request.param
 
 
-def make_model(optimizer):
-    """Returns a small compiled model, with the same weights at every call."""
-    keras.utils.set_random_seed(1)
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+def compiled_model(optimizer):
+    model = make_model(1)
     model.compile(optimizer, loss="mse", jit_compile=False)
     return model
 
@@ -66,23 +65,15 @@ def fit(model, *callbacks, epochs=EPOCHS, y=Y, **kwargs):
 def run(wrap, *callbacks, boundaries=BOUNDARIES, use_ema=False, **kwargs):
     """Fits a model; returns it, its SequentialOptimizer and the history."""
     sequence = SequentialOptimizer(make_children(), boundaries, use_ema=use_ema)
-    model = make_model(wrap(sequence))
+    model = compiled_model(wrap(sequence))
     history = fit(model, *callbacks, **kwargs)
     return model, sequence, history.history
-
-
-def state_of(model, sequence):
-    """Returns the weights, and the optimizer variables of each child."""
-    return [
-        weights_of(model.weights),
-        *(weights_of(child.variables) for child in sequence.children),
-    ]
 
 
 @functools.cache
 def state_without_callbacks(wrap, epochs=EPOCHS, use_ema=False):
     model, sequence, _ = run(wrap, epochs=epochs, use_ema=use_ema)
-    return state_of(model, sequence)
+    return state_of(model, *sequence.children)
 
 
 def rates_of(sequence):
@@ -129,14 +120,14 @@ def test_learning_rate_scheduler_equals_two_plain_fits():
     model, sequence, _ = run(as_it_is, scheduler, boundaries=[4, 9])
 
     adam, sgd, rmsprop = make_children()
-    plain = make_model(adam)
+    plain = compiled_model(adam)
     fit(plain, scheduler, epochs=2)
     plain.compile(sgd, loss="mse", jit_compile=False)
     fit(plain, scheduler, initial_epoch=2)
     rmsprop.build(plain.trainable_variables)
     expected = [weights_of(plain.weights)]
     expected += [weights_of(child.variables) for child in (adam, sgd, rmsprop)]
-    assert_same(state_of(model, sequence), expected)
+    assert_same(state_of(model, *sequence.children), expected)
 
 
 def test_rate_at_the_end_of_an_epoch_is_logged(wrap):
@@ -194,7 +185,7 @@ def averages_of(weights, momentum=0.99):
 @pytest.mark.parametrize("swap_on_epoch", [False, True])
 def test_swap_ema_weights_validates_the_average(wrap, swap_on_epoch):
     sequence = SequentialOptimizer(make_children(), BOUNDARIES, use_ema=True)
-    model = make_model(wrap(sequence))
+    model = compiled_model(wrap(sequence))
     weights = EachBatch(lambda: weights_of(model.trainable_variables))
     swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=swap_on_epoch)
     history = fit(model, weights, swap, validation_data=(X, Y)).history
@@ -202,7 +193,7 @@ def test_swap_ema_weights_validates_the_average(wrap, swap_on_epoch):
     # Swapping twice rounds, because Keras swaps by adding and subtracting.
     tolerance = 1e-5
     assert_same(
-        state_of(model, sequence),
+        state_of(model, *sequence.children),
         state_without_callbacks(wrap, use_ema=True),
         atol=tolerance,
     )
@@ -228,7 +219,9 @@ def test_model_checkpoint_of_either_phase_continues(wrap, tmp_path):
         assert int(sequence.phase) == phase
         assert_as_when_built(sequence, 2)
         fit(resumed, initial_epoch=epochs)
-        assert_same(state_of(resumed, sequence), state_without_callbacks(wrap))
+        assert_same(
+            state_of(resumed, *sequence.children), state_without_callbacks(wrap)
+        )
 
 
 def test_model_checkpoint_of_the_best_epoch_keeps_its_phase(wrap, tmp_path):
@@ -241,11 +234,13 @@ def test_model_checkpoint_of_the_best_epoch_keeps_its_phase(wrap, tmp_path):
     assert np.argmax(history["loss"]) == 0
 
     sequence = SequentialOptimizer(make_children(), BOUNDARIES)
-    model = make_model(wrap(sequence))
+    model = compiled_model(wrap(sequence))
     model.optimizer.build(model.trainable_variables)
     model.load_weights(path)
     assert int(sequence.iterations) == UPDATES_PER_EPOCH
-    assert_same(state_of(model, sequence), state_without_callbacks(wrap, epochs=1))
+    assert_same(
+        state_of(model, *sequence.children), state_without_callbacks(wrap, epochs=1)
+    )
 
 
 # --- EarlyStopping -----------------------------------------------------------
@@ -259,7 +254,7 @@ def test_early_stopping_restores_weights_not_children(wrap):
     )
     model, sequence, history = run(wrap, stop, epochs=10)
     assert len(history["loss"]) == 4
-    weights, *children = state_of(model, sequence)
+    weights, *children = state_of(model, *sequence.children)
     assert_same(weights, state_without_callbacks(wrap, epochs=1)[0])
     assert_same(children, state_without_callbacks(wrap, epochs=4)[1:])
     assert int(sequence.phase) == 1

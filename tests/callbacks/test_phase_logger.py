@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 from sequential_optimizer import PhaseLogger, SequentialOptimizer
-from tests.helpers.callbacks import GAN, Kill, KilledError, Stage, fit, make_model
+from tests.helpers.callbacks import GAN, Kill, KilledError, Stage, compiled_model, fit
 from tests.helpers.callbacks import make_sequence as make_training_sequence
 
 RATES = {"a": 0.1, "b": 0.01, "c": 0.001, "d": 0.5}
@@ -141,7 +141,7 @@ def test_fit_prints_each_switch_at_its_iteration(
     optimizer = make_sequence(names, boundaries)
     if is_wrapped:
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=2.0)
-    model = make_model(optimizer, AdvanceInGraph, **kwargs)
+    model = compiled_model(optimizer, AdvanceInGraph, **kwargs)
     model.advance_at = advance_at
     history = fit(model, 3, [PhaseLogger()], batches=batches).history
     phases = phases_by_hand(3 * batches, boundaries, advance_at)
@@ -258,7 +258,7 @@ def test_nothing_is_printed_without_a_switch_or_verbose(capsys):
 
 
 def test_second_fit_prints_only_what_is_new(capsys):
-    model = make_model(make_sequence("abc", [2, 6]))
+    model = compiled_model(make_sequence("abc", [2, 6]))
     logger = PhaseLogger()
     fit(model, 1, [logger], batches=2)
     assert lines_of(capsys) == []
@@ -277,7 +277,7 @@ def _resumable(wrapped):
     optimizer = make_training_sequence([1, 4, 5])
     if wrapped:
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=2.0)
-    return make_model(optimizer)
+    return compiled_model(optimizer)
 
 
 @pytest.mark.parametrize(("epoch", "wrapped"), [(0, False), (2, True), (3, False)])
@@ -331,7 +331,7 @@ def test_boundaries_edited_before_a_resume(names, saved, edited, expected, capsy
 
 def test_epoch_shows_the_phase_and_rate_of_its_last_update():
     # Epochs end after 2, 4, 6 and 8 updates: at a boundary, and inside of phases.
-    model = make_model(make_sequence("abc", [4, 5]))
+    model = compiled_model(make_sequence("abc", [4, 5]))
     history = fit(model, 4, [PhaseLogger(verbose=0)]).history
     assert history["phase"] == [0, 0, 2, 2]
     assert history["learning_rate"] == pytest.approx([0.1, 0.1, 0.001, 0.001])
@@ -357,7 +357,7 @@ def test_learning_rate_that_a_callback_sets_is_logged():
     def halve(epoch, rate):
         return rate / 2
 
-    model = make_model(make_sequence("ab", [4]))
+    model = compiled_model(make_sequence("ab", [4]))
     scheduler = keras.callbacks.LearningRateScheduler(halve)
     history = fit(model, 4, [scheduler, PhaseLogger(verbose=0)]).history
     assert history["phase"] == [0, 0, 1, 1]
@@ -376,7 +376,7 @@ class BatchLogs(keras.callbacks.Callback):
 
 @pytest.mark.parametrize("per_batch", [True, False])
 def test_batches_show_the_phase_on_request(per_batch):
-    model = make_model(make_sequence("abc", [1, 3]))
+    model = compiled_model(make_sequence("abc", [1, 3]))
     batch_logs = BatchLogs()
     logger = PhaseLogger(per_batch=per_batch, verbose=0)
     history = fit(model, 2, [logger, batch_logs], batches=3).history
@@ -388,13 +388,13 @@ def test_batches_show_the_phase_on_request(per_batch):
         assert {key for logs in batch_logs.logs for key in logs} == {"loss"}
     assert history["phase"] == [1, 2]
     # What was logged before is as without the callback.
-    plain = make_model(make_sequence("abc", [1, 3]))
+    plain = compiled_model(make_sequence("abc", [1, 3]))
     assert fit(plain, 2, [], batches=3).history["loss"] == history["loss"]
 
 
 def test_csv_logger_has_the_columns(tmp_path):
     path = tmp_path / "log.csv"
-    model = make_model(make_sequence("ab", [3]))
+    model = compiled_model(make_sequence("ab", [3]))
     callbacks = [PhaseLogger(verbose=0), keras.callbacks.CSVLogger(path)]
     history = fit(model, 3, callbacks).history
     with path.open() as file:
@@ -406,7 +406,7 @@ def test_csv_logger_has_the_columns(tmp_path):
 
 
 def test_progress_bar_shows_both_and_the_line_stands_alone(capsys):
-    model = make_model(make_sequence("ab", [3]))
+    model = compiled_model(make_sequence("ab", [3]))
     keras.utils.enable_interactive_logging()
     fit(model, 2, [PhaseLogger()], verbose=1)
     out = capsys.readouterr().out
@@ -420,7 +420,7 @@ def test_progress_bar_shows_both_and_the_line_stands_alone(capsys):
 
 
 def test_line_for_each_epoch_shows_both(capsys):
-    fit(make_model(make_sequence("ab", [3])), 2, [PhaseLogger()], verbose=2)
+    fit(compiled_model(make_sequence("ab", [3])), 2, [PhaseLogger()], verbose=2)
     out = capsys.readouterr().out
     assert re.findall(r"phase: (\d)\.0", out) == ["0", "1"]
     assert "iteration 3: a -> b\n" in out
@@ -453,7 +453,7 @@ def test_child_with_several_learning_rates_shows_none():
         )
     )
     optimizer = SequentialOptimizer([several, keras.optimizers.SGD(0.3)], [2])
-    history = fit(make_model(optimizer), 1, [PhaseLogger(verbose=0)]).history
+    history = fit(compiled_model(optimizer), 1, [PhaseLogger(verbose=0)]).history
     assert history["phase"] == [0]
     assert "learning_rate" not in history
 
@@ -520,7 +520,7 @@ def test_several_sequences_to_choose_from_are_an_error():
 
 
 def test_no_sequence_is_an_error_when_fit_begins():
-    model = make_model(keras.optimizers.SGD(0.1))
+    model = compiled_model(keras.optimizers.SGD(0.1))
     with pytest.raises(ValueError, match=r"`PhaseLogger` needs .* 0 of them.*Compile"):
         fit(model, 1, [PhaseLogger()])
     assert model.train_steps == 0

@@ -24,8 +24,8 @@ from tests.helpers.callbacks import (
     Stage,
     X,
     Y,
+    compiled_model,
     fit,
-    make_model,
     make_sequence,
 )
 from tests.helpers.oracle import assert_same, weights_of
@@ -395,7 +395,9 @@ def test_last_phase_is_left_alone(capsys):
 
 
 def test_no_sequence_is_an_error_when_fit_begins():
-    model = make_model(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)))
+    model = compiled_model(
+        keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1))
+    )
     with pytest.raises(ValueError, match=r"`SwitchOnPlateau` needs .* 0 of them"):
         fit(model, 1, [SwitchOnPlateau()])
     assert model.train_steps == 0
@@ -404,7 +406,7 @@ def test_no_sequence_is_an_error_when_fit_begins():
 @pytest.mark.parametrize("how", ["advance", "integer", "one child"])
 def test_last_phase_is_an_error_when_fit_begins(how):
     optimizer = make_sgds({"advance": (None,), "integer": (2,), "one child": ()}[how])
-    model = make_model(optimizer)
+    model = compiled_model(optimizer)
     if how == "advance":
         optimizer.advance()
     elif how == "integer":
@@ -417,7 +419,7 @@ def test_last_phase_is_an_error_when_fit_begins(how):
 
 def test_evaluate_and_predict_in_the_last_phase():
     # Those who pass the same callbacks everywhere once got the error of `fit`.
-    model = make_model(make_sgds(()))
+    model = compiled_model(make_sgds(()))
     model.evaluate(X, Y, verbose=0, callbacks=[SwitchOnPlateau()])
     model.predict(X, verbose=0, callbacks=[SwitchOnPlateau()])
 
@@ -432,7 +434,7 @@ def test_evaluate_within_a_run_leaves_what_was_noted():
     states = []
     for others in ([], [Evaluate()]):
         plateau = SwitchOnPlateau(patience=2, restore_best_weights=True)
-        model = make_model(make_sequence([None]))
+        model = compiled_model(make_sequence([None]))
         recorder = Recorder(model.optimizer)
         fit(model, len(VALUES), [*others, Script(VALUES), plateau, recorder])
         assert list(recorder.phases.values()) == [0, 0, 0, 1, 1, 1]
@@ -441,7 +443,7 @@ def test_evaluate_within_a_run_leaves_what_was_noted():
 
 
 def test_missing_metric_warns_once_and_names_those_that_exist():
-    model = make_model(make_sgds((None,)), metrics=["mae"], run_eagerly=True)
+    model = compiled_model(make_sgds((None,)), metrics=["mae"], run_eagerly=True)
     callback = SwitchOnPlateau("val_accuracy", patience=1)
     with pytest.warns(UserWarning, match=r"val_accuracy.*not available") as caught:
         fit(model, 3, [callback], validation_data=(X, Y))
@@ -466,7 +468,7 @@ def test_metric_of_every_second_epoch_counts_when_it_is_there():
 
 
 def test_fit_starts_anew():
-    model = make_model(make_sgds((None,)))
+    model = compiled_model(make_sgds((None,)))
     callback = SwitchOnPlateau("val_loss", patience=3)
     for _ in range(2):  # The best, and two to wait for: one too few, twice.
         fit(model, 3, [Script([1.0] * 3), callback])
@@ -516,7 +518,7 @@ def test_fit_equals_two_fits_with_plain_optimizers(setting, policy):
         keras.optimizers.SGD(0.02, momentum=0.9),
         keras.optimizers.Adam(0.05),
     ]
-    model = make_model(wrapped(plain[0]), **FIT_MODES[setting])
+    model = compiled_model(wrapped(plain[0]), **FIT_MODES[setting])
     fit(model, LAST + 1, [])
     expected = [weights_of(model.weights)]
     model.compile(wrapped(plain[1]), loss="mse", **FIT_MODES[setting])
@@ -524,7 +526,7 @@ def test_fit_equals_two_fits_with_plain_optimizers(setting, policy):
     expected += [weights_of(model.weights), *(weights_of(o.variables) for o in plain)]
 
     sequence = make_sequence([None])
-    model = make_model(wrapped(sequence), **FIT_MODES[setting])
+    model = compiled_model(wrapped(sequence), **FIT_MODES[setting])
     is_wrapped = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
     assert is_wrapped == (setting in ("mixed_float16", "LossScaleOptimizer"))
     count, recorder = CountTraces(), Recorder(sequence)
@@ -561,13 +563,13 @@ def test_gan_ends_the_phases_of_each_of_its_sequences():
 def test_callback_with_an_optimizer_is_copied_after_fit(callback_class):
     sequence = make_sgds((None,))
     callback = callback_class(optimizer=sequence)
-    model = make_model(sequence, keras.Sequential)
+    model = compiled_model(sequence, keras.Sequential)
     fit(model, 2, [Script([1.0] * 2), callback])
     for copied in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
         assert type(copied.optimizer) is SequentialOptimizer
         # Nor does it need anything of the run that it was in.
         copied.optimizer = make_sgds((None,))
-        fit(make_model(copied.optimizer), 1, [Script([1.0]), copied])
+        fit(compiled_model(copied.optimizer), 1, [Script([1.0]), copied])
 
 
 # --- best weights ------------------------------------------------------------
@@ -580,7 +582,9 @@ def test_callback_with_an_optimizer_is_copied_after_fit(callback_class):
 )
 def test_next_phase_starts_from_the_best_weights(policy, jit_compile):
     sequence = make_sequence([None])
-    model = make_model(sequence, jit_compile=jit_compile, run_eagerly=not jit_compile)
+    model = compiled_model(
+        sequence, jit_compile=jit_compile, run_eagerly=not jit_compile
+    )
     before, after = Recorder(sequence), Recorder(sequence)
     plateau = SwitchOnPlateau(patience=2, restore_best_weights=True)
     fit(model, len(VALUES), [Script(VALUES), before, plateau, after])
@@ -650,7 +654,7 @@ def start(variant, epochs, around=lambda plateau: [plateau], **kwargs):
     """
     keras.utils.clear_session(free_memory=False)
     sequence = make_sequence([None, None])
-    model = make_model(sequence)
+    model = compiled_model(sequence)
     recorder = Recorder(sequence)
     plateau = SwitchOnPlateau(**STALLING, **VARIANTS[variant][0])
     try:
@@ -745,7 +749,7 @@ def test_backup_made_without_the_callback_is_watched_from_there(tmp_path):
 
 
 def test_loaded_keras_file_starts_anew(tmp_path):
-    model = make_model(make_sequence([None]), keras.Sequential)
+    model = compiled_model(make_sequence([None]), keras.Sequential)
     fit(model, 3, [Script([1.0] * 3), SwitchOnPlateau(patience=3)])
     model.save(tmp_path / "model.keras")
     model = keras.models.load_model(tmp_path / "model.keras")

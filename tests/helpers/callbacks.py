@@ -5,6 +5,7 @@ import numpy as np
 import tensorflow as tf
 
 from sequential_optimizer import SequentialOptimizer
+from tests.helpers.models import Counting, make_model
 
 BATCH = 4
 
@@ -13,27 +14,9 @@ X = _RNG.normal(size=(64, 3)).astype("float32")
 Y = _RNG.normal(size=(64, 1)).astype("float32")
 
 
-class Counting(keras.Sequential):
-    """Counts the calls of `train_step`: outside of eager mode, its traces."""
-
-    train_steps = 0
-
-    def train_step(self, data):
-        self.train_steps += 1
-        return super().train_step(data)
-
-
-def make_model(optimizer, model_class=Counting, **kwargs):
-    """Returns a small compiled model, with the same weights at every call.
-
-    It runs eagerly unless it is told otherwise: that takes half the time.
-    """
-    model = model_class(
-        [
-            keras.Input((3,)),
-            keras.layers.Dense(1, kernel_initializer=keras.initializers.HeNormal(1)),
-        ]
-    )
+def compiled_model(optimizer, model_class=Counting, **kwargs):
+    """Returns a small model, run eagerly unless told otherwise: half the time."""
+    model = make_model(1, model_class=model_class)
     model.compile(optimizer, loss="mse", **(kwargs or {"run_eagerly": True}))
     return model
 

@@ -17,7 +17,9 @@ import pytest
 import tensorflow as tf
 
 from sequential_optimizer import SequentialOptimizer
-from tests.helpers.oracle import assert_same, weights_of
+from tests.helpers import models
+from tests.helpers.models import adam_then_sgd
+from tests.helpers.oracle import assert_same
 
 optimizers = keras.optimizers
 schedules = keras.optimizers.schedules
@@ -37,18 +39,12 @@ class Case:
 
 
 def adam_sgd(boundaries=(BOUNDARY,), **kwargs):
-    return SequentialOptimizer(
-        [optimizers.Adam(0.05), optimizers.SGD(0.02, momentum=0.9)],
-        list(boundaries),
-        **kwargs,
-    )
+    return SequentialOptimizer(adam_then_sgd(), list(boundaries), **kwargs)
 
 
 def _returning():
-    adam = optimizers.Adam(0.05)
-    return SequentialOptimizer(
-        [adam, optimizers.SGD(0.02, momentum=0.9), adam], [BOUNDARY, BOUNDARY + 2]
-    )
+    adam, sgd = adam_then_sgd()
+    return SequentialOptimizer([adam, sgd, adam], [BOUNDARY, BOUNDARY + 2])
 
 
 def _same_class():
@@ -112,15 +108,8 @@ def saves(names):
 
 
 def make_model(optimizer=None, **kwargs):
-    """Returns a model with the same weights at every call."""
-    initializer = keras.initializers.GlorotUniform(seed=1)
-    model = keras.Sequential(
-        [
-            keras.Input((FEATURES,)),
-            keras.layers.Dense(3, "tanh", kernel_initializer=initializer),
-            keras.layers.Dense(1, kernel_initializer=initializer),
-        ]
-    )
+    """Returns a model with the same weights at every call, compiled if it can be."""
+    model = models.make_model(3, 1, features=FEATURES)
     if optimizer is not None:
         model.compile(optimizer, "mse", **{"jit_compile": False, **kwargs})
     return model
@@ -164,7 +153,7 @@ def train(model, start, stop):
 
 def state_of(model):
     """Returns the weights and all optimizer variables."""
-    return [weights_of(model.weights), weights_of(model.optimizer.variables)]
+    return models.state_of(model, model.optimizer)
 
 
 def own_state_of(optimizer):

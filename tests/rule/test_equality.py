@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from sequential_optimizer import SequentialOptimizer
+from tests.helpers.models import adam_then_sgd
 from tests.helpers.oracle import (
     assert_same,
     make_gradients,
@@ -77,10 +78,6 @@ def check(
     for child, plain_child in zip(phases, plain, strict=True):
         assert_same(weights_of(child.variables), weights_of(plain_child.variables))
     assert int(optimizer.iterations) == len(batches)
-
-
-def adam_then_sgd():
-    return [optimizers.Adam(0.05), optimizers.SGD(0.05, momentum=0.9)]
 
 
 @pytest.mark.parametrize("position", ["first", "second"])

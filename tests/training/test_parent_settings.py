@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from sequential_optimizer import SequentialOptimizer
+from tests.helpers.models import adam_then_sgd
 from tests.helpers.oracle import (
     assert_same,
     compiled,
@@ -28,17 +29,13 @@ def make_sgd(**kwargs):
     return SGD(0.02, momentum=0.9, **kwargs)
 
 
-def make_pair():
-    return [make_adam(), make_sgd()]
-
-
 def make_there_and_back():
-    adam, sgd = make_pair()
+    adam, sgd = adam_then_sgd()
     return [adam, sgd, adam]
 
 
 # The optimizer of each phase, and the boundaries.
-SEQUENCES = {"a-b": (make_pair, [3]), "a-b-a": (make_there_and_back, [2, 4])}
+SEQUENCES = {"a-b": (adam_then_sgd, [3]), "a-b-a": (make_there_and_back, [2, 4])}
 UPDATES = 7
 INDICES = [0, 3, 3]  # of the rows in a sparse gradient: one row twice
 
@@ -204,7 +201,7 @@ def test_overwritten_weights_obey_their_constraint(boundaries, mode):
     ours, theirs = make(), make()
     gradients = make_gradients(ours, 6)
     optimizer = SequentialOptimizer(
-        make_pair(),
+        adam_then_sgd(),
         boundaries,
         use_ema=True,
         ema_momentum=0.5,
@@ -214,7 +211,7 @@ def test_overwritten_weights_obey_their_constraint(boundaries, mode):
     for (weight,) in history:
         np.testing.assert_array_equal(weight * 64 % 1, 0)
     expected, averages = run_by_hand(
-        make_pair(),
+        adam_then_sgd(),
         boundaries,
         theirs,
         gradients,
@@ -227,7 +224,7 @@ def test_overwritten_weights_obey_their_constraint(boundaries, mode):
 
 
 def test_averages_are_not_taken_without_use_ema():
-    optimizer = SequentialOptimizer(make_pair(), [2])
+    optimizer = SequentialOptimizer(adam_then_sgd(), [2])
     optimizer.build(make_variables())
     assert not [v.name for v in optimizer.variables if v.name.endswith("average")]
 
@@ -249,10 +246,12 @@ def finalized(optimizer, variables):
 
 @pytest.mark.parametrize("updates", [1, 2, 3])
 def test_finalize_gives_the_weights_the_average_of_all_phases(updates):
-    optimizer = SequentialOptimizer(make_pair(), [2], use_ema=True, ema_momentum=0.7)
+    optimizer = SequentialOptimizer(
+        adam_then_sgd(), [2], use_ema=True, ema_momentum=0.7
+    )
     variables = train(optimizer, updates)
     _, averages = run_by_hand(
-        make_pair(),
+        adam_then_sgd(),
         [2],
         plain_variables := make_variables(),
         make_gradients(plain_variables, updates),
@@ -366,7 +365,7 @@ def test_finalize_before_any_update_leaves_the_weights(settings):
 
 
 def test_loss_scale_optimizer_finalizes_the_parents_average():
-    inner = SequentialOptimizer(make_pair(), [2], use_ema=True, ema_momentum=0.7)
+    inner = SequentialOptimizer(adam_then_sgd(), [2], use_ema=True, ema_momentum=0.7)
     variables = train(keras.optimizers.LossScaleOptimizer(inner), 3)
     averages = values_of(inner, "average")
     assert not np.array_equal(averages[0], variables[0].numpy())
@@ -408,14 +407,14 @@ def test_loss_scale_optimizer_treats_the_factor_as_plain():
 
 
 def test_loss_is_multiplied_by_the_loss_scale_factor(mode):
-    optimizer = SequentialOptimizer(make_pair(), [2], loss_scale_factor=8.0)
+    optimizer = SequentialOptimizer(adam_then_sgd(), [2], loss_scale_factor=8.0)
     scaled = compiled(optimizer.scale_loss, mode)(tf.constant([1.5, -2.0]))
     np.testing.assert_array_equal(scaled, [12.0, -16.0])
 
 
 def test_loss_is_left_alone_without_a_loss_scale_factor():
     loss = tf.constant(1.5)
-    assert SequentialOptimizer(make_pair(), [2]).scale_loss(loss) is loss
+    assert SequentialOptimizer(adam_then_sgd(), [2]).scale_loss(loss) is loss
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
@@ -448,7 +447,7 @@ def test_scaled_loss_and_divided_gradients_cancel_out(mode):
     histories = []
     for factor in (None, 1024.0):
         variables = make_variables()
-        optimizer = SequentialOptimizer(make_pair(), [2], loss_scale_factor=factor)
+        optimizer = SequentialOptimizer(adam_then_sgd(), [2], loss_scale_factor=factor)
         optimizer.build(variables)
         step = compiled(make_step(optimizer, variables), mode)
         history = []
@@ -463,9 +462,9 @@ def test_values_that_overwrite_a_variable_are_not_divided(mode):
     ours, theirs = make_overwritten(), make_overwritten()
     gradients = make_gradients(ours, 4)
     scaled = [[8.0 * g, value] for g, value in gradients]
-    optimizer = SequentialOptimizer(make_pair(), [2], loss_scale_factor=8.0)
+    optimizer = SequentialOptimizer(adam_then_sgd(), [2], loss_scale_factor=8.0)
     history = run(optimizer, ours, scaled, mode)
-    assert_same(history, run_plain(make_pair(), [2], theirs, gradients, mode))
+    assert_same(history, run_plain(adam_then_sgd(), [2], theirs, gradients, mode))
     for (_, weight), (_, value) in zip(history, gradients, strict=True):
         np.testing.assert_array_equal(weight, value)
 
@@ -473,10 +472,12 @@ def test_values_that_overwrite_a_variable_are_not_divided(mode):
 def test_sparse_gradients_are_divided_by_the_loss_scale_factor(mode):
     ours, theirs = make_variables(((5, 2),)), make_variables(((5, 2),))
     batches = [[g[0][:3]] for g in make_gradients(ours, 4)]
-    optimizer = SequentialOptimizer(make_pair(), [2], loss_scale_factor=8.0)
+    optimizer = SequentialOptimizer(adam_then_sgd(), [2], loss_scale_factor=8.0)
     assert_same(
         run(optimizer, ours, batches, mode, sparse_gradients(ours, factor=8.0)),
-        run_plain(make_pair(), [2], theirs, batches, mode, sparse_gradients(theirs)),
+        run_plain(
+            adam_then_sgd(), [2], theirs, batches, mode, sparse_gradients(theirs)
+        ),
     )
 
 
@@ -506,7 +507,7 @@ def test_window_equals_that_of_plain_adam_up_to_the_boundary(mode):
     ours, theirs = make_variables(), make_variables()
     gradients = make_gradients(ours, 3 * WINDOW)
     optimizer = SequentialOptimizer(
-        make_pair(), [2], gradient_accumulation_steps=WINDOW
+        adam_then_sgd(), [2], gradient_accumulation_steps=WINDOW
     )
     plain = make_adam(gradient_accumulation_steps=WINDOW)
     history = run(optimizer, ours, gradients, mode)
@@ -586,7 +587,7 @@ def test_missing_gradient_in_a_window_is_as_in_plain_adam(missing):
         return history
 
     optimizer = SequentialOptimizer(
-        make_pair(), [4], gradient_accumulation_steps=WINDOW
+        adam_then_sgd(), [4], gradient_accumulation_steps=WINDOW
     )
     plain = make_adam(gradient_accumulation_steps=WINDOW)
     assert_same(
@@ -624,10 +625,10 @@ def test_window_of_sparse_gradients(mode):
         [tf.tensor_scatter_nd_add(tf.zeros((5, 2)), [[i] for i in INDICES], value)]
         for value in values
     ]
-    optimizer = SequentialOptimizer(make_pair(), [2], gradient_accumulation_steps=2)
+    optimizer = SequentialOptimizer(adam_then_sgd(), [2], gradient_accumulation_steps=2)
     batches = [[value] for value in values]
     history = run(optimizer, ours, batches, mode, sparse_gradients(ours))
-    expected, _ = run_by_hand(make_pair(), [2], theirs, dense, mode, window=2)
+    expected, _ = run_by_hand(adam_then_sgd(), [2], theirs, dense, mode, window=2)
     assert_same(history, expected)
 
     plain = make_adam(gradient_accumulation_steps=2)
@@ -639,7 +640,7 @@ def test_window_of_values_that_overwrite_ends_with_the_largest(mode):
     ours, theirs = make_overwritten(), make_overwritten()
     gradients = [[g, tf.abs(v)] for g, v in make_gradients(ours, 3 * WINDOW)]
     optimizer = SequentialOptimizer(
-        make_pair(), [2], gradient_accumulation_steps=WINDOW, loss_scale_factor=8.0
+        adam_then_sgd(), [2], gradient_accumulation_steps=WINDOW, loss_scale_factor=8.0
     )
     scaled = [[8.0 * g, v] for g, v in gradients]
     history = run(optimizer, ours, scaled, mode)
@@ -683,7 +684,7 @@ def test_windows_and_averages_together(name, frequency, mode):
 def test_skipped_call_does_not_count_in_a_window(mode):
     ours, theirs = make_variables(), make_variables()
     gradients = make_gradients(ours, 8)
-    inner = SequentialOptimizer(make_pair(), [2], gradient_accumulation_steps=2)
+    inner = SequentialOptimizer(adam_then_sgd(), [2], gradient_accumulation_steps=2)
     outer = keras.optimizers.LossScaleOptimizer(inner, initial_scale=8.0)
     # The fourth call overflows in the middle of a window, and halves the scale.
     scaled = [[8.0 * g for g in grads] for grads in gradients[:3]]
@@ -692,7 +693,7 @@ def test_skipped_call_does_not_count_in_a_window(mode):
     history = run(outer, ours, scaled, mode)
     assert_same(history[3], history[2])
     del history[3]
-    expected, _ = run_by_hand(make_pair(), [2], theirs, gradients, mode, window=2)
+    expected, _ = run_by_hand(adam_then_sgd(), [2], theirs, gradients, mode, window=2)
     assert_same(history, expected)
     assert int(inner.iterations) == 4
 
@@ -723,13 +724,13 @@ def test_advance_ends_the_phase(mode):
     variables = make_variables()
     plain_variables = make_variables()
     gradients = make_gradients(variables, 6)
-    optimizer = SequentialOptimizer(make_pair(), [None])
+    optimizer = SequentialOptimizer(adam_then_sgd(), [None])
     advance = compiled(optimizer.advance, mode)
     history = run(optimizer, variables, gradients[:2], mode)
     advance()
     assert int(optimizer.phase) == 1
     history += run(optimizer, variables, gradients[2:], mode)
-    expected = run_plain(make_pair(), [2], plain_variables, gradients, mode)
+    expected = run_plain(adam_then_sgd(), [2], plain_variables, gradients, mode)
     assert_same(history, expected)
 
 
@@ -748,7 +749,7 @@ def test_advance_before_an_integer_leaves_the_next_one(mode):
 
 
 def test_advance_before_the_first_update_skips_the_phase():
-    optimizer = SequentialOptimizer(make_pair(), [2])
+    optimizer = SequentialOptimizer(adam_then_sgd(), [2])
     optimizer.advance()
     variables, theirs = make_variables(), make_variables()
     gradients = make_gradients(variables, 3)
@@ -770,7 +771,7 @@ def test_advance_twice_skips_a_phase(mode):
 def test_advance_does_nothing_in_the_last_phase(mode):
     variables = make_variables(((1,),))
     reached, advanced = (
-        SequentialOptimizer(make_pair(), boundaries) for boundaries in ([2], [None])
+        SequentialOptimizer(adam_then_sgd(), boundaries) for boundaries in ([2], [None])
     )
     for gradients in make_gradients(variables, 2):
         reached.build(variables)
@@ -793,7 +794,7 @@ def test_advance_does_nothing_with_one_child(mode):
 
 
 def test_advance_in_a_cond_takes_effect_only_if_taken(mode):
-    optimizer = SequentialOptimizer(make_pair(), [None])
+    optimizer = SequentialOptimizer(adam_then_sgd(), [None])
     advance_if = compiled(
         lambda condition: tf.cond(condition, optimizer.advance, lambda: None),
         mode,
@@ -808,7 +809,7 @@ def test_advance_in_a_while_loop_holds_for_the_next_update(mode):
     variables, theirs = make_variables(((3,),)), make_variables(((3,),))
     gradients = make_gradients(variables, 6)
     stacked = tf.stack([gradient for (gradient,) in gradients])
-    optimizer = SequentialOptimizer(make_pair(), [None])
+    optimizer = SequentialOptimizer(adam_then_sgd(), [None])
     optimizer.build(variables)
 
     def train_loop(last_update_of_first):
@@ -825,7 +826,7 @@ def test_advance_in_a_while_loop_holds_for_the_next_update(mode):
         return optimizer.phase
 
     assert int(compiled(train_loop, mode)(tf.constant(3))) == 1
-    run_plain(make_pair(), [4], theirs, gradients, mode)
+    run_plain(adam_then_sgd(), [4], theirs, gradients, mode)
     assert_same(weights_of(variables), weights_of(theirs))
 
 
@@ -844,7 +845,7 @@ def test_active_child_is_that_of_the_next_update():
 
 
 def test_active_child_raises_in_a_graph():
-    optimizer = SequentialOptimizer(make_pair(), [2])
+    optimizer = SequentialOptimizer(adam_then_sgd(), [2])
 
     @tf.function(autograph=False)
     def name():
@@ -867,7 +868,7 @@ def test_iterations_count_the_updates_of_all_children(mode):
 
 def test_iterations_do_not_count_an_empty_list_of_gradients(mode):
     variables = make_variables()
-    optimizer = SequentialOptimizer(make_pair(), [2])
+    optimizer = SequentialOptimizer(adam_then_sgd(), [2])
     optimizer.build(variables)
     compiled(lambda: optimizer.apply([], []), mode)()
     assert int(optimizer.iterations) == 0

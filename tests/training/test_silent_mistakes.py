@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from sequential_optimizer import SequentialOptimizer
 from tests.helpers.errors import refuses
+from tests.helpers.models import adam_then_sgd, make_model
 from tests.helpers.oracle import (
     assert_same,
     compiled,
@@ -22,21 +23,17 @@ from tests.helpers.oracle import (
 optimizers = keras.optimizers
 
 
-def make_pair():
-    return [optimizers.Adam(0.1, name="adam"), optimizers.SGD(0.1, name="sgd")]
-
-
 # --- what cannot be changed --------------------------------------------------
 
 
 # `optimizer.boundaries = [100]` in the middle of a run was accepted, and the switch
 # came at the old boundary; a child that was put into `children` made no update.
 def test_boundaries_and_children_cannot_be_set():
-    optimizer = SequentialOptimizer(make_pair(), [4])
+    optimizer = SequentialOptimizer(adam_then_sgd(), [4])
     with refuses("`boundaries`", "cannot be changed", error=AttributeError):
         optimizer.boundaries = [100]
     with refuses("`children`", "cannot be changed", error=AttributeError):
-        optimizer.children = make_pair()
+        optimizer.children = adam_then_sgd()
     with pytest.raises(TypeError):
         optimizer.children[1] = optimizers.SGD(0.2)
     assert optimizer.boundaries == (4,)
@@ -73,7 +70,7 @@ def test_child_that_overrides_apply_equals_plain(mode):
 @pytest.mark.parametrize("when", ["before build", "after build"])
 def test_loss_scale_factor_set_on_a_child_later_is_refused(when):
     variables = make_variables(((1,),))
-    children = make_pair()
+    children = adam_then_sgd()
     optimizer = SequentialOptimizer(children, [2])
     if when == "after build":
         optimizer.apply([tf.ones(1)], variables)
@@ -88,7 +85,7 @@ def test_unknown_variables_are_named_by_their_paths():
     layers = [keras.layers.Dense(1, name=name) for name in ("known", "unknown")]
     for layer in layers:
         layer.build((1, 1))
-    optimizer = SequentialOptimizer(make_pair(), [4])
+    optimizer = SequentialOptimizer(adam_then_sgd(), [4])
     optimizer.build(layers[0].trainable_variables)
     gradients = [tf.ones(v.shape) for v in layers[1].trainable_variables]
     with refuses("`trainable_variables`") as error:
@@ -97,7 +94,7 @@ def test_unknown_variables_are_named_by_their_paths():
 
 
 def test_same_instance_twice_in_a_row_warns():
-    adam, sgd = make_pair()
+    adam, sgd = adam_then_sgd()
     with pytest.warns(UserWarning, match=r"nothing changes\. Received: `sgd` twice"):
         SequentialOptimizer([adam, sgd, sgd], [1, 2])
     SequentialOptimizer([adam, sgd, adam], [1, 2])
@@ -127,7 +124,7 @@ def test_advance_to_ends_every_phase_before():
 # Else a file saved now would keep phase 1 when the boundary is raised.
 def test_advance_to_a_phase_that_has_begun_changes_nothing():
     variables = make_variables(((1,),))
-    optimizer = SequentialOptimizer(make_pair(), [1])
+    optimizer = SequentialOptimizer(adam_then_sgd(), [1])
     optimizer.apply([tf.ones(1)], variables)
     before = weights_of(optimizer.variables)
     optimizer.advance(to=np.int64(1))
@@ -136,7 +133,7 @@ def test_advance_to_a_phase_that_has_begun_changes_nothing():
 
 @pytest.mark.parametrize("to", [-1, 2, 0.5, True, "sgd"])
 def test_advance_to_no_phase(to):
-    optimizer = SequentialOptimizer(make_pair(), [4])
+    optimizer = SequentialOptimizer(adam_then_sgd(), [4])
     with refuses("`to`", "from 0 to 1"):
         optimizer.advance(to=to)
     assert int(optimizer.phase) == 0
@@ -145,7 +142,7 @@ def test_advance_to_no_phase(to):
 # `advance` returned the phase, so `tf.cond` wanted one from the other branch as well.
 @pytest.mark.parametrize("spelling", ["cond", "if"])
 def test_advance_under_a_condition(spelling):
-    optimizer = SequentialOptimizer(make_pair(), [None])
+    optimizer = SequentialOptimizer(adam_then_sgd(), [None])
 
     @tf.function(autograph=spelling == "if")
     def advance_if(condition):
@@ -165,7 +162,7 @@ def test_advance_under_a_condition(spelling):
 
 
 def test_repr_shows_children_and_boundaries():
-    adam, sgd = make_pair()
+    adam, sgd = adam_then_sgd()
     inner = SequentialOptimizer([sgd, "lion"], [None], name="inner")
     optimizer = SequentialOptimizer([adam, inner, adam], [100, None])
     assert repr(optimizer) == (
@@ -387,8 +384,8 @@ def test_empty_variable_with_gradient_accumulation(shape, mode):
 
     ours, theirs = make(), make()
     gradients = make_gradients(ours, 4)
-    optimizer = SequentialOptimizer(make_pair(), [9], gradient_accumulation_steps=2)
-    plain = optimizers.Adam(0.1, name="adam", gradient_accumulation_steps=2)
+    optimizer = SequentialOptimizer(adam_then_sgd(), [9], gradient_accumulation_steps=2)
+    plain = optimizers.Adam(0.05, gradient_accumulation_steps=2)
     expected = run_plain([plain], [], theirs, gradients, mode)
     assert_same(run(optimizer, ours, gradients, mode), expected)
 
@@ -422,14 +419,10 @@ def batches_of_unknown_number():
     return pairs.filter(lambda x, y: True)
 
 
-def make_model():
-    return keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
-
-
 def fit_on_unknown_size(optimizer, jit_compile, size=None):
     """Returns all that training leaves behind; if the `size` is told, as well."""
     keras.utils.set_random_seed(0)
-    model = make_model()
+    model = make_model(1)
     model.compile(optimizer, "mse", jit_compile=jit_compile)
     data = batches_of_unknown_number()
     if size is not None:
@@ -449,7 +442,7 @@ def fit_on_unknown_size(optimizer, jit_compile, size=None):
 )
 def test_counts_no_update_at_the_end_of_the_data(settings, jit_compile):
     def make():
-        return SequentialOptimizer(make_pair(), [3], **settings)
+        return SequentialOptimizer(adam_then_sgd(), [3], **settings)
 
     optimizer = make()
     actual = fit_on_unknown_size(optimizer, jit_compile)

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from sequential_optimizer import SequentialOptimizer
+from tests.helpers.models import Counting, adam_then_sgd, make_model, state_of
 from tests.helpers.oracle import assert_same, compiled, weights_of
 
 SGD = keras.optimizers.SGD
@@ -27,33 +28,8 @@ BATCHES = [
 ]
 
 
-class Counting(keras.Model):
-    """Counts the calls of `train_step`: outside of eager mode, its traces."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.train_steps = 0
-
-    def train_step(self, data):
-        self.train_steps += 1
-        return super().train_step(data)
-
-
-def make_model():
-    """Returns a small model, the same at every call."""
-    keras.utils.set_random_seed(1)
-    inputs = keras.Input((3,))
-    hidden = keras.layers.Dense(5, activation="tanh")(inputs)
-    return Counting(inputs, keras.layers.Dense(1)(hidden))
-
-
-def make_pair():
-    return [Adam(0.05), SGD(0.1, momentum=0.9)]
-
-
-def state_of(model, optimizers):
-    """Returns the weights of the model and every variable of the optimizers."""
-    return [weights_of(model.weights), *(weights_of(o.variables) for o in optimizers)]
+def make_tiny():
+    return make_model(5, 1, model_class=Counting)
 
 
 # --- fit and train_on_batch --------------------------------------------------
@@ -81,21 +57,21 @@ def fit(model, optimizer, first, last, **kwargs):
 @functools.cache
 def fit_plain(**kwargs):
     """Fits with one plain optimizer up to the boundary, and another from there."""
-    model, optimizers = make_model(), make_pair()
+    model, optimizers = make_tiny(), adam_then_sgd()
     fit(model, optimizers[0], 0, BOUNDARY, **kwargs)
     fit(model, optimizers[1], BOUNDARY, UPDATES, **kwargs)
-    return state_of(model, optimizers)
+    return state_of(model, *optimizers)
 
 
 @pytest.mark.parametrize("mode", FIT_MODES)
 def test_fit_equals_two_fits_with_plain_optimizers(mode):
     kwargs = FIT_MODES[mode]
-    model, children = make_model(), make_pair()
+    model, children = make_tiny(), adam_then_sgd()
     optimizer = SequentialOptimizer(children, [BOUNDARY])
     fit(model, optimizer, 0, UPDATES, **kwargs)
     # The windows of `steps_per_execution` would not end at the boundary.
     plain = {k: v for k, v in kwargs.items() if k != "steps_per_execution"}
-    assert_same(state_of(model, children), fit_plain(**plain))
+    assert_same(state_of(model, *children), fit_plain(**plain))
     assert int(optimizer.iterations) == UPDATES
 
 
@@ -110,7 +86,7 @@ def test_fit_under_a_dtype_policy_equals_two_fits(policy):
 
 
 def check_fit_under(policy, jit_compile, atol=0):
-    model, children = make_model(), make_pair()
+    model, children = make_tiny(), adam_then_sgd()
     assert model.layers[-1].dtype_policy.name == policy
     fit(
         model,
@@ -120,7 +96,7 @@ def check_fit_under(policy, jit_compile, atol=0):
         jit_compile=jit_compile,
     )
     plain = fit_plain.__wrapped__(jit_compile=jit_compile)
-    assert_same(state_of(model, children), plain, atol)
+    assert_same(state_of(model, *children), plain, atol)
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
@@ -138,40 +114,40 @@ def test_model_built_by_fit_trains_as_one_built_before(order, jit_compile):
         if inputs:
             optimizer.build(model.trainable_variables)
         fit(model, optimizer, 0, UPDATES, jit_compile=jit_compile)
-        return state_of(model, children)
+        return state_of(model, *children)
 
     assert_same(train(), train(keras.Input(X.shape[1:])))
 
 
 def test_frozen_layer_stays_and_the_rest_equals_plain():
     def make_frozen_model():
-        model = make_model()
+        model = make_tiny()
         model.layers[1].trainable = False
         return model
 
-    model, children = make_frozen_model(), make_pair()
+    model, children = make_frozen_model(), adam_then_sgd()
     frozen = weights_of(model.layers[1].weights)
     fit(model, SequentialOptimizer(children, [BOUNDARY]), 0, UPDATES)
-    plain, optimizers = make_frozen_model(), make_pair()
+    plain, optimizers = make_frozen_model(), adam_then_sgd()
     fit(plain, optimizers[0], 0, BOUNDARY)
     fit(plain, optimizers[1], BOUNDARY, UPDATES)
-    assert_same(state_of(model, children), state_of(plain, optimizers))
+    assert_same(state_of(model, *children), state_of(plain, *optimizers))
     assert_same(weights_of(model.layers[1].weights), frozen)
 
 
 @pytest.mark.parametrize("jit_compile", [True, False])
 def test_train_on_batch_equals_plain_optimizers(jit_compile):
-    model, children = make_model(), make_pair()
+    model, children = make_tiny(), adam_then_sgd()
     optimizer = SequentialOptimizer(children, [BOUNDARY])
     model.compile(optimizer, loss="mse", jit_compile=jit_compile)
     for x, y in BATCHES:
         model.train_on_batch(x, y)
-    assert_same(state_of(model, children), fit_plain(jit_compile=jit_compile))
+    assert_same(state_of(model, *children), fit_plain(jit_compile=jit_compile))
 
 
 def test_fit_ends_with_the_average_of_both_phases():
-    model = make_model()
-    optimizer = SequentialOptimizer(make_pair(), [BOUNDARY], use_ema=True)
+    model = make_tiny()
+    optimizer = SequentialOptimizer(adam_then_sgd(), [BOUNDARY], use_ema=True)
     fit(model, optimizer, 0, UPDATES, jit_compile=False)
     averages = [v for v in optimizer.variables if v.name.endswith("average")]
     assert_same(weights_of(model.trainable_variables), weights_of(averages))
@@ -183,12 +159,12 @@ def test_fit_ends_with_the_average_of_both_phases():
     ids=["jit_compile", "steps_per_execution"],
 )
 def test_fit_traces_as_often_as_plain_adam(kwargs):
-    plain = make_model()
+    plain = make_tiny()
     fit(plain, Adam(0.05), 0, 3, **kwargs)
     assert plain.train_steps > 0
 
-    model = make_model()
-    optimizer = SequentialOptimizer(make_pair(), [BOUNDARY])
+    model = make_tiny()
+    optimizer = SequentialOptimizer(adam_then_sgd(), [BOUNDARY])
     fit(model, optimizer, 0, 3, **kwargs)
     assert int(optimizer.phase) == 0
     assert model.train_steps == plain.train_steps
@@ -228,15 +204,15 @@ def traces_of_a_run(built):
 
 @pytest.mark.parametrize("built", [True, False], ids=["built", "lazy"])
 def test_custom_loop_equals_plain_optimizers(mode, built):
-    model, children = make_model(), make_pair()
+    model, children = make_tiny(), adam_then_sgd()
     optimizer = SequentialOptimizer(children, [BOUNDARY])
     step, losses = run_loop(optimizer, model, BATCHES, mode, built)
 
-    plain, (adam, sgd) = make_model(), make_pair()
+    plain, (adam, sgd) = make_tiny(), adam_then_sgd()
     plain_step, expected = run_loop(adam, plain, BATCHES[:BOUNDARY], mode, built)
     expected += run_loop(sgd, plain, BATCHES[BOUNDARY:], mode, built)[1]
     assert losses == expected
-    assert_same(state_of(model, children), state_of(plain, [adam, sgd]))
+    assert_same(state_of(model, *children), state_of(plain, adam, sgd))
     if mode != "eager":
         traces = traces_of_a_run(built)
         assert plain_step.experimental_get_tracing_count() == traces
@@ -263,17 +239,17 @@ def make_while_loop(model, optimizer, mode, built=True):
     ("mode", "built"), [("graph", True), ("xla", True), ("xla", False)]
 )
 def test_while_loop_over_the_boundary_equals_plain_optimizers(mode, built):
-    model, children = make_model(), make_pair()
+    model, children = make_tiny(), adam_then_sgd()
     optimizer = SequentialOptimizer(children, [BOUNDARY])
     loop = make_while_loop(model, optimizer, mode, built)
     loop(tf.constant(0), tf.constant(UPDATES))
 
-    plain, (adam, sgd) = make_model(), make_pair()
+    plain, (adam, sgd) = make_tiny(), adam_then_sgd()
     middle = tf.constant(BOUNDARY)
     plain_loop = make_while_loop(plain, adam, mode, built)
     plain_loop(tf.constant(0), middle)
     make_while_loop(plain, sgd, mode, built)(middle, tf.constant(UPDATES))
-    assert_same(state_of(model, children), state_of(plain, [adam, sgd]))
+    assert_same(state_of(model, *children), state_of(plain, adam, sgd))
     traces = traces_of_a_run(built)
     assert plain_loop.experimental_get_tracing_count() == traces
     assert loop.experimental_get_tracing_count() == traces
@@ -306,14 +282,14 @@ def make_sequence(order):
 
 
 def test_compiled_step_holds_exactly_one_conditional(phases):
-    step, _ = run_loop(make_sequence(phases), make_model(), [], "xla", built=True)
+    step, _ = run_loop(make_sequence(phases), make_tiny(), [], "xla", built=True)
     hlo = step.experimental_get_compiler_ir(*BATCHES[0])(stage="hlo")
     assert hlo.startswith("HloModule")
     assert hlo.count("conditional(") == (0 if phases == "a" else 1)
 
 
 def test_graph_holds_one_case_with_a_branch_for_each_child(phases):
-    step, _ = run_loop(make_sequence(phases), make_model(), [], "graph", built=True)
+    step, _ = run_loop(make_sequence(phases), make_tiny(), [], "graph", built=True)
     graph = step.get_concrete_function(*BATCHES[0]).graph.as_graph_def()
     nodes = list(graph.node)
     for function in graph.library.function:

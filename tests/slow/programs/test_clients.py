@@ -9,20 +9,13 @@ import tensorflow as tf
 from sklearn.datasets import load_digits
 
 from sequential_optimizer import PhaseLogger, SequentialOptimizer, SwitchOnPlateau
-from tests.helpers.oracle import assert_same, weights_of
+from tests.helpers.models import state_of
+from tests.helpers.oracle import assert_same
 
 layers = keras.layers
 EPOCHS = 4
 # Epochs after which a run is saved: before and after the switch in the third.
 STOPS = (1, 3)
-
-
-def state_of(model, optimizers):
-    """Returns all that training changes."""
-    return [
-        weights_of(model.variables),
-        *(weights_of(optimizer.variables) for optimizer in optimizers),
-    ]
 
 
 def load_model(path, saved):
@@ -118,7 +111,7 @@ def make_classifier():
 def classifier_run():
     model, data = make_classifier(), [array[:320] for array in digits()]
     losses = fit(model, data, 0, EPOCHS)
-    return state_of(model, [model.optimizer]), losses, data
+    return state_of(model, model.optimizer), losses, data
 
 
 @pytest.mark.parametrize("stop", STOPS)
@@ -130,7 +123,7 @@ def test_image_classifier_resumes(classifier_run, tmp_path, stop):
     resumed = load_model(tmp_path / "model.keras", model)
     assert int(resumed.optimizer.phase) == int(stop == 3)
     assert fit(resumed, data, stop, EPOCHS) == losses[stop:]
-    assert_same(state_of(resumed, [resumed.optimizer]), state)
+    assert_same(state_of(resumed, resumed.optimizer), state)
 
 
 def test_image_classifier_learns_through_the_switch(classifier_run):
@@ -223,7 +216,7 @@ def make_transformer():
 def transformer_run():
     model = make_transformer()
     losses = fit(model, reviews(), 0, EPOCHS)
-    return state_of(model, [model.optimizer]), losses
+    return state_of(model, model.optimizer), losses
 
 
 @pytest.mark.parametrize("stop", STOPS)
@@ -236,7 +229,7 @@ def test_text_transformer_resumes(transformer_run, tmp_path, stop):
     # Not part of any optimizer's config, so to be said again, as for a plain AdamW.
     resumed.optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     assert fit(resumed, reviews(), stop, EPOCHS) == losses[stop:]
-    assert_same(state_of(resumed, [resumed.optimizer]), state)
+    assert_same(state_of(resumed, resumed.optimizer), state)
     assert losses[-1] < losses[0]
 
 
@@ -320,7 +313,7 @@ def train_gan(gan, start, stop):
 
 
 def state_of_gan(gan):
-    return state_of(gan, [gan.d_optimizer, gan.g_optimizer])
+    return state_of(gan, gan.d_optimizer, gan.g_optimizer)
 
 
 @pytest.fixture(scope="module")
@@ -443,7 +436,7 @@ def train_denoiser(model, folder, callbacks=()):
 def denoiser_run(tmp_path_factory):
     model = make_denoiser()
     history = train_denoiser(model, tmp_path_factory.mktemp("whole"))
-    return state_of(model, [model.optimizer]), history
+    return state_of(model, model.optimizer), history
 
 
 @pytest.mark.parametrize("stop", range(1, 8))
@@ -455,7 +448,7 @@ def test_custom_train_step_resumes(denoiser_run, tmp_path, stop, capsys):
     rest = train_denoiser(resumed, tmp_path)
     assert rest["loss"] == history["loss"][stop:]
     assert rest["phase"] == history["phase"][stop:]
-    assert_same(state_of(resumed, [resumed.optimizer]), state)
+    assert_same(state_of(resumed, resumed.optimizer), state)
 
 
 def test_custom_train_step_switched_on_the_way(denoiser_run):
@@ -474,6 +467,4 @@ def test_model_with_its_own_train_step_is_saved_with_its_class(tmp_path):
     assert int(loaded.optimizer.phase) == 1
     losses = fit(model, noisy_digits(), 2, 4)
     assert fit(loaded, noisy_digits(), 2, 4) == losses
-    assert_same(
-        state_of(loaded, [loaded.optimizer]), state_of(model, [model.optimizer])
-    )
+    assert_same(state_of(loaded, loaded.optimizer), state_of(model, model.optimizer))

@@ -150,10 +150,3 @@ def run_plain(strategy, optimizers, boundaries, mode):
     for optimizer, (first, last) in zip(optimizers, phases, strict=True):
         loops.train(optimizer, first, last)
     return values_of(strategy, loops.variables)
-
-
-def make_pair(**kwargs):
-    return [
-        keras.optimizers.Adam(0.05, name="adam", **kwargs),
-        keras.optimizers.SGD(0.02, momentum=0.9, name="sgd", **kwargs),
-    ]

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from sequential_optimizer import SequentialOptimizer
+from tests.helpers.models import Counting, adam_then_sgd
 from tests.helpers.oracle import assert_same
 from tests.slow.strategies.conftest import NAME
 from tests.slow.strategies.loops import (
@@ -22,7 +23,6 @@ from tests.slow.strategies.loops import (
     PlainLoops,
     build,
     counts_of,
-    make_pair,
     make_variables,
     run_plain,
     values_of,
@@ -60,11 +60,11 @@ def make_with_settings():
 
 def make_schedule_free():
     # `build` copies the weights, so it matters when the second phase starts.
-    return [make_pair()[0], optimizers.ScheduleFreeAdamW(0.05, name="free")]
+    return [adam_then_sgd()[0], optimizers.ScheduleFreeAdamW(0.05, name="free")]
 
 
 def make_four_phases():
-    adam, sgd = make_pair()
+    adam, sgd = adam_then_sgd()
     return [adam, sgd, optimizers.Adam(0.1, name="late"), sgd]
 
 
@@ -78,7 +78,7 @@ def nest(children):
 
 # name: the plain optimizers of the phases, their boundaries, and the sequence.
 CASES = {
-    "pair": (make_pair, [3], lambda pair: SequentialOptimizer(pair, [3])),
+    "pair": (adam_then_sgd, [3], lambda pair: SequentialOptimizer(pair, [3])),
     "settings": (
         make_with_settings,
         [2, 4],
@@ -173,7 +173,7 @@ def average_by_hand(strategy, mode):
     As in Keras, the average starts with the weights after the first update.
     """
     with strategy.scope():
-        adam, sgd = make_pair()
+        adam, sgd = adam_then_sgd()
     loops = PlainLoops(strategy, mode)
     averages = [tf.zeros(v.shape) for v in loops.variables]
     for update in range(UPDATES):
@@ -193,7 +193,7 @@ def test_average_spans_the_phases_on_every_replica(strategy, mode):
     variables = make_variables(strategy)
     with strategy.scope():
         optimizer = SequentialOptimizer(
-            make_pair(),
+            adam_then_sgd(),
             [3],
             use_ema=True,
             ema_momentum=MOMENTUM,
@@ -221,16 +221,6 @@ Y = _RNG.normal(size=(UPDATES * ROWS, 1)).astype("float32")
 # The values of `steps_per_execution`; a MirroredStrategy may have no choice
 # (test_limits.py).
 STEPS = [1, 3] if HAS_SEVERAL_STEPS else [1]
-
-
-class Counting(keras.Sequential):
-    """Counts the calls of `train_step`, in a graph those while it is traced."""
-
-    train_steps = 0
-
-    def train_step(self, data):
-        self.train_steps += 1
-        return super().train_step(data)
 
 
 def make_model(strategy):
@@ -337,7 +327,7 @@ def test_accumulation_equals_that_without_a_strategy(strategy):
         variables = make_variables(strategy)
         with strategy.scope():
             optimizer = SequentialOptimizer(
-                make_pair(), [1], gradient_accumulation_steps=2
+                adam_then_sgd(), [1], gradient_accumulation_steps=2
             )
         build(strategy, optimizer, variables)
         Loop(strategy, optimizer, variables, "graph").train()

@@ -13,11 +13,11 @@ import pytest
 import tensorflow as tf
 
 from sequential_optimizer import SequentialOptimizer
+from tests.helpers.models import adam_then_sgd
 from tests.slow.strategies.conftest import AGGREGATES, NAME
 from tests.slow.strategies.loops import (
     HAS_SEVERAL_STEPS,
     build,
-    make_pair,
     replica_id,
     values_of,
 )
@@ -63,7 +63,7 @@ def make_adam(**kwargs):
 
 
 def make_sequence():
-    return SequentialOptimizer(make_pair(), [1])
+    return SequentialOptimizer(adam_then_sgd(), [1])
 
 
 with_plain_or_sequence = pytest.mark.parametrize("make", [make_adam, make_sequence])

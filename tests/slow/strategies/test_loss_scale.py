@@ -6,11 +6,11 @@ import pytest
 import tensorflow as tf
 
 from sequential_optimizer import SequentialOptimizer
+from tests.helpers.models import adam_then_sgd
 from tests.helpers.oracle import assert_same
 from tests.slow.strategies.loops import (
     build,
     counts_of,
-    make_pair,
     replica_id,
     values_of,
 )
@@ -72,7 +72,7 @@ def run_by_hand(strategy):
     """
     model = make_model(strategy)
     with strategy.scope():
-        adam, sgd = make_pair()
+        adam, sgd = adam_then_sgd()
     optimizer = wrap(strategy, adam)
     step = make_step(strategy, model, optimizer)
     history, applied = [], []
@@ -97,7 +97,7 @@ def run_by_hand(strategy):
 def test_skipped_updates_delay_the_boundary(strategy, policy):
     model = make_model(strategy)
     with strategy.scope():
-        children = make_pair()
+        children = adam_then_sgd()
         sequence = SequentialOptimizer(children, [BOUNDARY])
     optimizer = wrap(strategy, sequence)
     step = make_step(strategy, model, optimizer)

@@ -8,8 +8,8 @@ import pytest
 import tensorflow as tf
 
 from sequential_optimizer import SequentialOptimizer
+from tests.helpers.models import adam_then_sgd
 from tests.slow.strategies.conftest import NAME
-from tests.slow.strategies.loops import make_pair
 
 CREATED_ELSEWHERE = r"created and built under.*Received: `\w+`, created elsewhere"
 
@@ -26,7 +26,7 @@ def make_sequence(strategy, where):
         for part in ("children", "parent")
     ]
     with scopes[0]:
-        children = make_pair()
+        children = adam_then_sgd()
     with scopes[1]:
         return SequentialOptimizer(children, [2])
 
@@ -76,8 +76,8 @@ def test_optimizer_from_outside_of_one_device_trains(strategy):
         model.fit(np.ones((8, 1)), np.ones((8, 1)), batch_size=4, verbose=0)
         return model.get_weights()
 
-    actual = fit(lambda: SequentialOptimizer(make_pair(), [9]))
-    for weight, expected in zip(actual, fit(lambda: make_pair()[0]), strict=True):
+    actual = fit(lambda: SequentialOptimizer(adam_then_sgd(), [9]))
+    for weight, expected in zip(actual, fit(lambda: adam_then_sgd()[0]), strict=True):
         np.testing.assert_array_equal(weight, expected)
 
 
@@ -102,4 +102,4 @@ def test_apply_in_cross_replica_context_is_refused(strategy):
 def test_accumulation_in_several_replicas_is_refused(strategy):
     message = "`gradient_accumulation_steps` must be `None`.*steps=2.*a larger batch"
     with strategy.scope(), pytest.raises(ValueError, match=message):
-        SequentialOptimizer(make_pair(), [2], gradient_accumulation_steps=2)
+        SequentialOptimizer(adam_then_sgd(), [2], gradient_accumulation_steps=2)

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from sequential_optimizer import PhaseLogger, SequentialOptimizer, SwitchOnPlateau
 from tests.helpers import callbacks as callback_tools
+from tests.helpers.models import adam_then_sgd
 from tests.helpers.oracle import assert_same
 from tests.slow.strategies.conftest import NAME
 from tests.slow.strategies.loops import (
@@ -16,7 +17,6 @@ from tests.slow.strategies.loops import (
     build,
     counts_of,
     gradients_of,
-    make_pair,
     make_variables,
     replica_id,
     run_plain,
@@ -32,7 +32,7 @@ def make_sequence(strategy, boundaries):
     variables = make_variables(strategy)
     with strategy.scope():
         late = keras.optimizers.Adam(0.1, name="late")
-        children = [*make_pair(), late][: len(boundaries) + 1]
+        children = [*adam_then_sgd(), late][: len(boundaries) + 1]
         optimizer = SequentialOptimizer(children, boundaries)
     build(strategy, optimizer, variables)
     return variables, optimizer
@@ -56,7 +56,7 @@ def test_advance_between_the_steps_switches_on_every_replica(strategy):
     loop.train(2, UPDATES)
     assert_counts(strategy, optimizer, [2, UPDATES - 2])
     with strategy.scope():
-        plain = make_pair()
+        plain = adam_then_sgd()
     assert_same(
         values_of(strategy, variables), run_plain(strategy, plain, [2], "graph")
     )
@@ -113,7 +113,7 @@ def test_advance_on_a_reduced_loss_is_as_in_eager_python(strategy):
     assert step.experimental_get_tracing_count() == 1
 
     with strategy.scope():
-        adam, sgd = make_pair()
+        adam, sgd = adam_then_sgd()
     plain, chosen = PlainLoops(strategy, "graph"), adam
     for update in range(UPDATES):
         plain.train(chosen, update, update + 1)
@@ -246,7 +246,7 @@ def test_learning_rate_set_between_steps_on_every_replica(strategy):
     variables, optimizer = make_sequence(strategy, [3])
     loop = Loop(strategy, optimizer, variables, "graph")
     with strategy.scope():
-        adam, sgd = make_pair()
+        adam, sgd = adam_then_sgd()
     plain = PlainLoops(strategy, "graph")
     loop.train(0, 2)
     plain.train(adam, 0, 2)

@@ -11,6 +11,7 @@ from sequential_optimizer import (
     SSBroyden,
     SwitchOnPlateau,
 )
+from tests.helpers.models import make_model
 from tests.helpers.oracle import assert_same, compiled, make_variables, weights_of
 
 METHODS = {"LBFGS": LBFGS, "SSBroyden": SSBroyden}
@@ -24,17 +25,6 @@ ATOL = 1e-4
 def make(request):
     """Makes one of the two optimizers."""
     return METHODS[request.param]
-
-
-def make_model(dtype=None):
-    initializer = keras.initializers.GlorotUniform(seed=1)
-    return keras.Sequential(
-        [
-            keras.Input((3,), dtype=dtype),
-            keras.layers.Dense(4, "tanh", kernel_initializer=initializer),
-            keras.layers.Dense(1, kernel_initializer=initializer),
-        ]
-    )
 
 
 def make_data(rows=16, dtype="float32"):
@@ -69,11 +59,11 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_fit_does_what_a_loop_does(make, way):
-    by_hand = make_model()
+    by_hand = make_model(4, 1)
     optimizer = make()
     train_in_loop(by_hand, optimizer, 12)
     optimizer.finalize_variable_values(by_hand.trainable_variables)
-    model = make_model()
+    model = make_model(4, 1)
     model.compile(make(), "mse", **WAYS[way])
     x, y = make_data()
     data = tf.data.Dataset.from_tensors((x, y)).repeat(12)
@@ -85,7 +75,7 @@ def test_fit_does_what_a_loop_does(make, way):
 
 
 def test_many_steps_in_one_loop_of_a_graph(make):
-    by_hand, model = make_model(), make_model()
+    by_hand, model = make_model(4, 1), make_model(4, 1)
     train_in_loop(by_hand, make(), 12)
     optimizer = make()
     optimizer.build(model.trainable_variables)
@@ -200,7 +190,7 @@ def test_works_deep_inside_of_other_optimizers(make):
 
 
 def test_plateau_starts_the_phase():
-    model = make_model()
+    model = make_model(4, 1)
     optimizer = SequentialOptimizer([sgd("sgd"), LBFGS()], [None])
     model.compile(optimizer, "mse", jit_compile=False)
     x, y = make_data()
@@ -214,7 +204,7 @@ def test_plateau_starts_the_phase():
 
 
 def test_learning_rate_callbacks_limit_the_steps(make):
-    model = make_model()
+    model = make_model(4, 1)
     model.compile(make(), "mse", jit_compile=False)
     x, y = make_data()
     lengths = []
@@ -238,7 +228,7 @@ def test_learning_rate_callbacks_limit_the_steps(make):
 
 def test_window_of_mini_batches_is_one_full_batch(make):
     # What the search needs when the data do not fit into memory.
-    whole, parts = make_model(), make_model()
+    whole, parts = make_model(4, 1), make_model(4, 1)
     x, y = make_data()
     whole.compile(make(), "mse", jit_compile=False)
     whole.fit(x, y, batch_size=16, epochs=10, verbose=0, shuffle=False)
@@ -249,12 +239,12 @@ def test_window_of_mini_batches_is_one_full_batch(make):
 
 def test_child_sees_full_batches_after_stochastic_ones(make):
     x, y = make_data()
-    expected = make_model()
+    expected = make_model(4, 1)
     expected.compile(sgd("sgd"), "mse", jit_compile=False)
     expected.fit(x, y, batch_size=4, epochs=2, verbose=0, shuffle=False)
     expected.compile(make(), "mse", jit_compile=False)
     expected.fit(x, y, batch_size=16, epochs=5, verbose=0, shuffle=False)
-    model = make_model()
+    model = make_model(4, 1)
     children = [sgd("sgd2"), make(gradient_accumulation_steps=4)]
     model.compile(SequentialOptimizer(children, [8]), "mse", jit_compile=False)
     model.fit(x, y, batch_size=4, epochs=7, verbose=0, shuffle=False)
@@ -320,7 +310,7 @@ def test_searches_in_the_widest_type(make, dtypes, searched):
     "policy", ["mixed_bfloat16", "mixed_float16", "float64"], indirect=True
 )
 def test_policies(make, policy):
-    model = make_model()
+    model = make_model(4, 1)
     model.compile(make(), "mse", jit_compile=False)
     x, y = make_data()
     losses = model.fit(x, y, batch_size=16, epochs=30, verbose=0).history["loss"]
