@@ -180,7 +180,7 @@ def fit_with_callbacks(strategy, **kwargs):
     """Returns the logs of a `fit` that switches twice, and its optimizer."""
     with strategy.scope():
         optimizer = callback_tools.make_sequence([1, None])
-        model = callback_tools.make_model(optimizer, **kwargs)
+        model = callback_tools.compiled_model(optimizer, **kwargs)
     history = callback_tools.fit(
         model,
         epochs=len(METRIC),
