@@ -1,6 +1,6 @@
 """Programs that measure the package, and the example of the main README.
 
-    questions    what is asked, one file a question
+    questions    what is asked, one file per question
     workloads    what is measured
     harness      how
 

@@ -64,7 +64,7 @@ def ask_all(names: Sequence[str], options: Sequence[str]) -> int:
     failed = [
         name
         for name in names
-        # In a process of its own nothing of another question is in memory.
+        # In a separate process, nothing of another question is in memory.
         if subprocess.run(
             [sys.executable, "-m", "benchmarks", name, *options]
         ).returncode

@@ -4,7 +4,7 @@
     python -m benchmarks.digits --quick    # only two epochs
 
 Shows that the optimizer changes inside one compiled train step, and that a run which is
-saved before the switch and resumed ends, bit by bit, where the uninterrupted one does.
+saved before the switch and resumed ends, bit for bit, where the uninterrupted one does.
 The digits come with scikit-learn: nothing is downloaded. Then a physics-informed
 network (benchmarks/oscillator.py) shows what a quasi-Newton phase is good for.
 """
@@ -246,7 +246,7 @@ def show(settings: Settings, picture: Path | None) -> None:
     """Does what the head of this file says, and draws the `picture` of the run.
 
     Raises:
-        CheckError: if something that is to be shown is not so.
+        CheckError: if something that is to be shown does not hold.
     """
     compile_something()
     keras.utils.set_random_seed(0)

@@ -4,7 +4,7 @@ The second half of `python -m benchmarks.digits`. A network learns the solution 
 damped oscillation, u'' + 4 u' + 400 u = 0, from its equation alone
 (benchmarks/workloads/pinn.py). Shows how far Adam gets, and how far with `LBFGS` or
 `SSBroyden` from a third of the steps on; and that a run which is saved in the
-quasi-Newton phase and resumed ends, bit by bit, where the uninterrupted one does.
+quasi-Newton phase and resumed ends, bit for bit, where the uninterrupted one does.
 """
 
 from dataclasses import dataclass

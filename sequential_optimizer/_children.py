@@ -130,7 +130,7 @@ def from_config(
     ):
         raise ValueError(
             "`child_of_phase` in a config must list, for each phase, the index of one "
-            f"of the {len(children)} children, and each of them. Received: "
+            f"of the {len(children)} children, and leave none out. Received: "
             f"{child_of_phase!r:.200}. Pass what `get_config` returned."
         )
     created = [
@@ -153,7 +153,7 @@ def in_words(child: keras.optimizers.Optimizer) -> str:
 def check_names_differ(
     name: str, children: Iterable[keras.optimizers.Optimizer]
 ) -> None:
-    """Raises if two children share a name, or one has `name`, that of their parent."""
+    """Raises if two children share a name, or if one has `name`, their parent's."""
     names = Counter([name, *(child.name for child in children)])
     repeated = sorted(name for name, count in names.items() if count > 1)
     if repeated:

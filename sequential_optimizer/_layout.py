@@ -26,7 +26,7 @@ import numpy as np
 
 VERSION = 1
 
-# `[x]` is a list of any length, `(x, y)` one of two, `{str: x}` has any keys.
+# `[x]` is a list of any length, `(x, y)` a list of two, `{str: x}` has any keys.
 FORM: Any = {
     "version": int,
     # By prefix. Only a sequence has phases: the child and the start of each.
@@ -39,7 +39,7 @@ FORM: Any = {
         }
     },
     # By key: the prefix of the array's optimizer; the trained variable that the array
-    # belongs to, and as what, or "" if its name does not tell; its shape.
+    # is for and the role, or "" if the array's name does not tell; its shape.
     "arrays": {str: (str, str, [int])},
     # Path, the path to compare by (see `_trained_by`), shape. Empty before `build`.
     "trained": [(str, str, str)],
@@ -210,9 +210,9 @@ def _is_same_order(saved: Layout, now: Layout) -> bool:
 
 
 def _are_alike(before: list[Any], current: list[Any]) -> bool:
-    """Whether shapes and paths are the same, but for models that a layer is nested in.
+    """Whether shapes and paths are the same, up to models that layers are nested in.
 
-    A path may begin with their names or not; Keras drops them from loaded models.
+    A path may begin with the names of these models; Keras drops them when it loads one.
     """
     same_shapes = [shape for _, shape in before] == [shape for _, shape in current]
     return same_shapes and all(

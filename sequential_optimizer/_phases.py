@@ -52,8 +52,8 @@ class Phases:
             raise ValueError(
                 "`boundaries` must have one entry fewer than `optimizers`. Received: "
                 f"{len(boundaries)} boundaries ({list(boundaries)!r}) for "
-                f"{len(child_of_phase)} optimizers. Pass one boundary between each two "
-                "phases."
+                f"{len(child_of_phase)} optimizers. Pass one boundary for each change "
+                "of phase."
             )
         parsed: list[int | None] = []
         for entry in boundaries:

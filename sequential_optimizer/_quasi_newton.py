@@ -52,7 +52,7 @@ _REFUSED = {
     "global_clipnorm": _LENGTH,
     "use_ema": _AVERAGE,
     "ema_overwrite_frequency": _AVERAGE,
-    "weight_decay": "Add the penalty to the loss, with a `kernel_regularizer` say.",
+    "weight_decay": "Add a penalty to the loss, such as a `kernel_regularizer`.",
 }
 
 # AutoGraph leaves Keras' code as it is, but would rewrite ours.
@@ -115,7 +115,7 @@ class QuasiNewton(keras.optimizers.Optimizer):
             raise ValueError(
                 "`learning_rate` must not be negative. "
                 f"Received: learning_rate={learning_rate!r}. Pass the largest change "
-                "of the weights in a step, 1e-2 say."
+                "of the weights in a step, such as 1e-2."
             )
         if gradient_tolerance is not None and not (
             isinstance(gradient_tolerance, float) and gradient_tolerance >= 0
@@ -172,7 +172,7 @@ class QuasiNewton(keras.optimizers.Optimizer):
         inverse: tf.Tensor,
         gradient: tf.Tensor,
     ) -> tf.Tensor:
-        """Learns from a pair; returns H times `gradient`, or anything without pairs.
+        """Learns from a pair; returns H times `gradient`, meaningless without pairs.
 
         Args:
             memory: the variables of `_add_memory`.

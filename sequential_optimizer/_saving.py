@@ -222,10 +222,10 @@ def _counted(part: str) -> tuple[str, int]:
 
 
 def _names_and_shapes(part: Any, trained: list[list[str]]) -> dict[str, Any]:
-    """Returns for each key which variable the array belongs to, as what, and its shape.
+    """Returns for each key which variable the array is for, its role, and its shape.
 
     Keras names an optimizer's variable after the trained one. A user's class may choose
-    names that do not tell: then the answer is "".
+    names that do not tell; then "" stands for variable and role.
     """
     starts = {re.sub("[/:]", "_", path) + "_": plain for path, plain, _ in trained}
     rows: dict[str, Any] = {}
@@ -273,7 +273,7 @@ def _read(store: Any, key: str, shape: Sequence[int]) -> np.ndarray:
     raise ValueError(
         "The file must have the arrays that its layout lists. Received: "
         f"{'nothing that can be read' if stored is None else stored} as the shape of "
-        f"`{key}`, for {wanted}. The file is damaged: load an earlier one."
+        f"`{key}`, not {wanted}. The file is damaged: load an earlier one."
     )
 
 
@@ -377,7 +377,7 @@ class SavedState(tf.train.experimental.PythonState):
         if self._refused:
             raise ValueError(
                 "An optimizer must not be used after it refused state that was loaded "
-                "before it was built, because part of that state may be set. "
+                "before it was built, because part of it may have been set. "
                 f"Received: `{self._optimizer.name}`. Create a new optimizer."
             )
 
@@ -582,8 +582,8 @@ class SavedState(tf.train.experimental.PythonState):
 class Commit(tf.Module):
     """Lets a restore set Python state together with the variables.
 
-    TensorFlow restores Python state first. If that were set at once, it would remain
-    when the variables' data turn out to be damaged.
+    TensorFlow restores Python state first. If that were set at once, it would stay
+    set when the variables' data turn out to be damaged.
     """
 
     def __init__(self, state: SavedState) -> None:

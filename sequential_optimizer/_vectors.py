@@ -17,9 +17,9 @@ def check_variable(variable: Any) -> None:
     dtype = tf.as_dtype(variable.dtype).name
     if dtype not in EPSILON or getattr(variable, "overwrite_with_gradient", False):
         raise ValueError(
-            f"A quasi-Newton method needs weights of type {', '.join(EPSILON)}, which "
+            f"A quasi-Newton method needs weights of type {', '.join(EPSILON)} that "
             f"nothing else changes. Received: `{name}` of type {dtype}. Freeze the "
-            "layer, or take another optimizer."
+            "layer, or use another optimizer."
         )
     if getattr(variable, "constraint", None) is not None:
         raise ValueError(

@@ -6,9 +6,9 @@ starts that copy is out of date and has to be taken again.
 
 To find which variables are copies, and of which weights, a twin of the optimizer, made
 from its config, is built on probes: small variables like the weights, all with
-different values. Twin and optimizer have their variables in the same order. Values of
-the optimizer itself would not do: weights may be equal, and a restored checkpoint
-changes them.
+different values. Twin and optimizer have their variables in the same order. The
+optimizer's own values would not do: weights may be equal, and a restored checkpoint
+changes these values.
 """
 
 import contextlib
@@ -69,8 +69,8 @@ def find_weight_copies(
             warnings.warn(
                 "What the `build` of an optimizer in a SequentialOptimizer takes from "
                 "the weights must be copies of them, so that they can be taken again "
-                f"when its phase starts. Received: `{optimizer.name}`, {reason}. Out "
-                f"of date by then may be {len(stale)} of its variables: {stale[:3]}. "
+                f"when its phase starts. Received: `{optimizer.name}`, {reason}. By "
+                f"then {len(stale)} of its variables may be out of date: {stale[:3]}. "
                 "Set them in the first update, where `iterations` is 0, or copy the "
                 "weights, in a class that `from_config` makes from what `get_config` "
                 "returns.",
@@ -80,7 +80,7 @@ def find_weight_copies(
 
 
 def _optimizers_in(optimizer: Any, seen: set[int]) -> Iterator[Any]:
-    """Yields the optimizers that one holds, at any depth, and that one last."""
+    """Yields the optimizers that an optimizer holds, at any depth, and itself last."""
     if hasattr(optimizer, STATE) or id(optimizer) in seen:
         return  # A SequentialOptimizer looks after its own children.
     seen.add(id(optimizer))
@@ -117,7 +117,7 @@ def _examine(optimizer: Any) -> tuple[Pairs, list[str], str]:
             probes = [_probe_like(weight) for weight in weights]
             first = _seen_in_twin(optimizer, slots, probes, 1)
             if not any(np.any(np.frombuffer(v)) for _, v in first[len(weights) :]):
-                return [], [], ""  # As most optimizers: nothing is taken from weights.
+                return [], [], ""  # As in most optimizers: none depends on weights.
             second, again = (_seen_in_twin(optimizer, slots, probes, i) for i in (2, 1))
     except Exception as error:  # noqa: BLE001
         # Whatever a user's class raises here, it may still train.

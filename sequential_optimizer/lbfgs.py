@@ -57,7 +57,7 @@ class LBFGS(QuasiNewton):
     out to be too far. At the end of `fit`, `finalize_variable_values` goes back to the
     last accepted point. What `ModelCheckpoint` saves before that may be a trial point,
     with all that is needed to continue, and the next phase may start from one. If
-    something else sets the weights, the search starts from there with all it learned.
+    something else sets the weights, the search starts there, with all it has learned.
 
     Example:
 
@@ -83,8 +83,8 @@ class LBFGS(QuasiNewton):
             converged, and stays. Defaults to 1e-7, or 1e-10 if a weight is float64.
         name: string, the name of the optimizer. Defaults to one made from the class
             name.
-        loss_scale_factor: float that the loss is multiplied and the gradients are
-            divided by, or `None` (the default).
+        loss_scale_factor: float by which the loss is multiplied and the gradients
+            are divided, or `None` (the default).
         gradient_accumulation_steps: int >= 2, the number of calls whose mean gradient
             is one evaluation, or `None` (the default).
         **kwargs: the other arguments of `keras.optimizers.Optimizer`, all of which

@@ -31,7 +31,7 @@ def _learning_rate_of_children() -> float:
     """Stands in where the base class needs a learning rate.
 
     A callable, because from a float the base class would make a variable that
-    nothing reads, and callbacks would set it in vain.
+    nothing reads and that callbacks would set in vain.
     """
     raise RuntimeError("A SequentialOptimizer has the learning rate of its children.")
 
@@ -103,8 +103,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         ema_overwrite_frequency: int, the number of updates after which the weights
             are overwritten by their average, or `None` (the default) to do so only
             in `finalize_variable_values`, at the end of `fit`.
-        loss_scale_factor: float that the loss is multiplied and the gradients are
-            divided by, or `None` (the default).
+        loss_scale_factor: float by which the loss is multiplied and the gradients
+            are divided, or `None` (the default).
         gradient_accumulation_steps: int >= 2, the number of calls whose mean
             gradient makes one update, or `None` (the default). Not under a
             `tf.distribute` strategy that may have several replicas or workers.
@@ -167,8 +167,9 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         self._commit = Commit(self._saved_state)
 
     def _add_counter(self, name: str, value: int = 0) -> keras.Variable:
-        # Also tracks it: as a mere attribute it would not be among `variables`, nor be
-        # saved, if the optimizer is made from a config inside `Model.compile`.
+        # This also tracks the counter: as a mere attribute, it would not be among
+        # `variables`, nor be saved, if the optimizer is made from a config inside
+        # `Model.compile`.
         return self.add_variable(
             shape=(),
             initializer=keras.initializers.Constant(value),
@@ -231,9 +232,9 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         """What callbacks keep in the saved state: named arrays of NumPy's own dtypes.
 
         Callbacks have no other place in a checkpoint. Loading sets the notes that
-        exist here and in the file, raises if one has another dtype or shape there, and
-        drops the rest of the file's; so a callback should create its notes in
-        `set_model`.
+        exist here and in the file, raises if one has another dtype or shape in the
+        file, and drops those that only the file has; so a callback should create its
+        notes in `set_model`.
         """
         return self._saved_state.notes
 
@@ -256,7 +257,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         """Ends the current phase, or every phase before `to`, at this iteration.
 
         Does nothing in the last phase, or if phase `to` has begun already. So pass `to`
-        in a callback that may run twice, as in an epoch that is resumed. Works in eager
+        in a callback that may run twice, for an epoch that is resumed. Works in eager
         and in graph code, in `tf.cond`, `tf.while_loop` and under XLA. A phase that was
         ended stays ended when the optimizer is saved and loaded.
 
@@ -631,7 +632,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     def load_own_variables(self, store: Any) -> None:
         """Reads what `save_own_variables` wrote, or raises and sets nothing.
 
-        An optimizer that is not built yet holds what it reads until it is.
+        An optimizer that is not built yet holds what it reads until it is built.
 
         Raises:
             ValueError: if the file breaks the rule of `_layout`, or is damaged.

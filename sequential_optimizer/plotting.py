@@ -25,7 +25,7 @@ def plot_history(
     shows which.
 
     A switch inside an epoch is marked where it happened, if `history` is what `fit`
-    returned. From a dict alone only the phase of an epoch's last update is known, and
+    returned. From a dict alone, only the phase of an epoch's last update is known, and
     the switch is marked where that epoch begins.
 
     Args:
@@ -115,7 +115,7 @@ def _check_columns(columns: Mapping[str, Any], needed: Sequence[str]) -> None:
 
 def _names(names: Sequence[str] | None, sequence: Any, count: int) -> Sequence[str]:
     if names is None:
-        # Too few if the model was compiled with another optimizer since.
+        # Too few if the model has been compiled with another optimizer since.
         if sequence is None or len(sequence.child_of_phase) < count:
             return [f"phase {k}" for k in range(count)]
         return [child_of(sequence, k).name for k in range(count)]

@@ -14,13 +14,13 @@ _MAX_ELEMENTS = 2**31 - 1  # what TensorFlow indexes with 32 bits
 
 @keras.saving.register_keras_serializable(package="sequential_optimizer")
 class SSBroyden(QuasiNewton):
-    """Self-scaled Broyden method for full batches: higher precision in as many steps.
+    """Self-scaled Broyden method for full batches: gets further in each step.
 
     Works like `LBFGS`, whose docstring explains the search, full batches and trial
     points. But H is a dense matrix of n x n numbers, which is rescaled in each step. On
     ill-conditioned problems (physics-informed networks) this gets orders of magnitude
-    further in as many steps. Each step costs more: use `SSBroyden` for up to a few
-    thousand weights, and `LBFGS` above.
+    further in the same number of steps. Each step costs more: use `SSBroyden` for up to
+    a few thousand weights, and `LBFGS` above that.
 
     **Update.** After a step s that changed the gradient by y (Al-Baali and Khalfan;
     Urban, Stefanou and Pons, J. Comput. Phys. 523, 2025, arXiv 2405.04230),
@@ -69,8 +69,8 @@ class SSBroyden(QuasiNewton):
             converged, and stays. Defaults to 1e-7, or 1e-10 if a weight is float64.
         name: string, the name of the optimizer. Defaults to one made from the class
             name.
-        loss_scale_factor: float that the loss is multiplied and the gradients are
-            divided by, or `None` (the default).
+        loss_scale_factor: float by which the loss is multiplied and the gradients
+            are divided, or `None` (the default).
         gradient_accumulation_steps: int >= 2, the number of calls whose mean gradient
             is one evaluation, or `None` (the default).
         **kwargs: the other arguments of `keras.optimizers.Optimizer`, all of which
@@ -88,7 +88,7 @@ class SSBroyden(QuasiNewton):
             raise ValueError(
                 "`SSBroyden` keeps a matrix with a row and a column per weight, of "
                 f"{_MAX_ELEMENTS} numbers at most. Received: {size} weights, whose "
-                f"matrix takes {count} bytes. Take `LBFGS` instead."
+                f"matrix takes {count} bytes. Use `LBFGS` instead."
             )
         return [self.add_variable(shape=(size, size), dtype=dtype, name="inverse")]
 
@@ -126,8 +126,8 @@ class SSBroyden(QuasiNewton):
             (tf.sign(phi), tf.abs(phi) * yhy / tau, s / ys - hy / yhy),
             (1, 1 / ys, s),
         ):
-            # Outer products v v': with them rounding cannot cost H its symmetry, and
-            # seldom its positive curvature.
+            # Outer products v v': with them, rounding cannot make H asymmetric, and
+            # seldom costs it its positive curvature.
             v = tf.sqrt(weight) * vector
             learned += sign * (v * v[:, tf.newaxis])
             product += sign * dot(v, gradient) * v

@@ -69,8 +69,8 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         min_delta: float >= 0; only a change by more than this is an improvement.
             Defaults to 1e-4.
         mode: `"min"` if lower is better, `"max"` if higher is, `"auto"` (the
-            default) to tell from the name of the metric: the last word that tells
-            counts, because Keras' names are `<output>_<metric>`.
+            default) to tell from the name of the metric: its last telling word
+            decides, because Keras' names are `<output>_<metric>`.
         cooldown: int >= 0, the number of epochs after a switch that do not count
             towards the patience. Defaults to 0.
         min_iterations: int >= 0, the number of updates that a phase makes in this
@@ -144,7 +144,7 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         if int(self._sequence.phase) == len(self._sequence.boundaries):
             raise ValueError(
                 "`SwitchOnPlateau` needs a phase that can still end. Received: an "
-                "optimizer in its last one. Leave the callback out, or add a phase."
+                "optimizer in its last phase. Drop the callback, or add a phase."
             )
         self._write(self._begin(self._iterations()), is_best=True)
 
@@ -155,7 +155,8 @@ class SwitchOnPlateau(keras.callbacks.Callback):
             warnings.warn(
                 f"`SwitchOnPlateau` has seen the epochs before {int(seen.next_epoch)}, "
                 f"and epoch {epoch} begins: the run was resumed from a backup that was "
-                "made before its turn. Put it before the callback that saves.",
+                "made before this callback's turn. Put it before the callback that "
+                "saves.",
                 stacklevel=2,
             )
         seen.next_epoch = epoch

@@ -3,7 +3,7 @@
     python -m tests.compatibility 2.17:3.6 2.18:3.8    # minutes each
     python -m tests.compatibility nightly:nightly      # what comes next
 
-Each pair gets a virtual environment of its own. The outcome goes to
+Each pair gets its own virtual environment. The outcome goes to
 compatibility.json, and from there into the table of README.md. These are the quick
 tests; `.ci/run` runs the slow ones, too: with the newest pair, and all but the
 benchmarks with the oldest.

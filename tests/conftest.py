@@ -11,12 +11,12 @@ import pytest
 
 MODES = ("eager", "graph", "xla")
 SLOW = Path(__file__).parent / "slow"
-# To compile takes most of the time. Where these do it, the rest need not be quick.
+# Compiling takes most of the time: the quick tests use mode "xla" in these only.
 COMPILED = ("test_training.py", "test_reference.py", "test_phase_starts.py")
 
 
 def pytest_collection_modifyitems(items):
-    """Marks what is in the folder `slow`, and what XLA compiles elsewhere."""
+    """Marks as slow what is in the folder `slow`, and what XLA compiles elsewhere."""
     for item in items:
         mode = item.callspec.params.get("mode") if hasattr(item, "callspec") else None
         is_compiled = mode == "xla" and item.path.name not in COMPILED

@@ -53,7 +53,7 @@ def make_adam(learning_rate: float = 0.01) -> Any:
 
 
 def check_updates(optimizer: Any, number: int) -> None:
-    """Raises unless so many updates were made, by the right children."""
+    """Raises unless `number` updates were made, by the right children."""
     assert int(optimizer.iterations) == number, int(optimizer.iterations)
     if hasattr(optimizer, "children"):
         made = [int(child.iterations) for child in optimizer.children]
@@ -61,7 +61,7 @@ def check_updates(optimizer: Any, number: int) -> None:
 
 
 def make_data() -> tuple[Any, Any]:
-    """Returns 32 rows: four batches of eight an epoch."""
+    """Returns 32 rows: four batches of eight per epoch."""
     import numpy as np
 
     x = np.random.default_rng(0).normal(size=(32, 3)).astype("float32")

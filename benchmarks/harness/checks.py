@@ -15,7 +15,7 @@ TOLERANCE = 2e-3
 
 
 class CheckError(Exception):
-    """Something that a program is to show is not so."""
+    """Something that a program is to show does not hold."""
 
 
 def difference(
@@ -25,7 +25,7 @@ def difference(
 ) -> float:
     """Returns how far `actual` is from `expected`, over how far that is from `first`.
 
-    The largest over all variables, of Euclidean norms. 0 is equal, bit by bit.
+    The largest over all variables, of Euclidean norms. 0 is equal, bit for bit.
     """
     worst = 0.0
     for a, e, f in zip(actual, expected, first, strict=True):
@@ -65,7 +65,7 @@ def check_same(
 
 
 def count_different(actual: Sequence[Any], expected: Sequence[Any]) -> int:
-    """Returns how many tensors are missing or not the same, bit by bit."""
+    """Returns how many tensors are missing or not the same, bit for bit."""
 
     def bits(tensor: Any) -> tuple[Any, ...]:
         array = np.asarray(tensor)

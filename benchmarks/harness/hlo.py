@@ -80,7 +80,7 @@ class Module:
     def copies(self, computation: str) -> Copies:
         """Returns all copies of a computation, and of those that it calls.
 
-        A compiler for GPUs makes a copy a computation of its own.
+        A compiler for GPUs turns each copy into a separate computation.
         """
         lines = list(self.computations[computation].values())
         for line in self.computations[computation].values():

@@ -26,7 +26,7 @@ from benchmarks.harness.terminal import without_info_logs
 
 HOST = "127.0.0.1"
 _STATUS = Path("/proc/self/status")
-# Seconds. Only what hangs takes so long, or a machine that does much else.
+# Seconds. Only what hangs takes so long, or what runs on a busy machine.
 LIMIT = 150
 KILLED_WITHIN = 10.0
 
@@ -34,8 +34,8 @@ _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["sequential_optimizer", "benchmarks"])
 
 
-# Starting a process looks whether others have ended, and an exit code can be read from
-# its pipe only once: threads must not do so together.
+# Starting a process checks whether others have ended, and an exit code can be read
+# from its pipe only once: threads must not do so at the same time.
 _lock = threading.Lock()
 
 
@@ -114,7 +114,7 @@ class Process:
         return was_running and self.exit_code() == -signal.SIGKILL
 
     def check(self) -> None:
-        """Waits for the end; raises ProcessError if it was not a good one."""
+        """Waits for the end; raises ProcessError if the process failed."""
         if not self.wait(max(self.deadline - time.monotonic(), 0)):
             self.kill()
             raise ProcessError(self.describe("did not end in time"))
@@ -233,7 +233,7 @@ def peak_memory() -> int:
     """Returns the largest number of bytes that the process has had in memory.
 
     On Linux not what `getrusage` says, which in a process that was started by a larger
-    one is at least the size of that.
+    one is at least the size of the larger one.
     """
     found = size_in_status("VmHWM")
     if found is not None:

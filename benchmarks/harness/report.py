@@ -1,6 +1,6 @@
 """Asks a question: measures, writes JSON and a picture, prints the tables.
 
-What a question is stands in benchmarks/questions/__init__.py.
+benchmarks/questions/__init__.py says what a question is.
 """
 
 import dataclasses

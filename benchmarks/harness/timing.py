@@ -34,8 +34,8 @@ def wait_for(result: Any) -> None:
 def median_seconds(call: Callable[[], Any], calls: int) -> float:
     """Returns the median time of a call, after one that is not counted.
 
-    That one brings the program's memory into the caches, from where the program that
-    ran before has driven it out.
+    That one brings the program's memory back into the caches, from which the program
+    that ran before has evicted it.
     """
     wait_for(call())
     return float(np.median([seconds_of(call) for _ in range(calls)]))
@@ -47,7 +47,7 @@ def in_rounds(
     title: str,
     seed: int = 0,
 ) -> dict[Key, np.ndarray]:
-    """Calls every program once a round, in an order that is new in each.
+    """Calls every program once per round, in an order that is new in each.
 
     Args:
         programs: dict of functions that return what they measured.

@@ -1,4 +1,4 @@
-"""What is asked, one file a question. Imports from workloads and harness.
+"""What is asked, one file per question. Imports from workloads and harness.
 
 The docstring of a question begins with the question. It has
 

@@ -7,9 +7,9 @@ Adam, SGD with momentum, both in a sequence that switches halfway, and both in o
 `SwitchOnPlateau` switches, on two tasks (workloads/learning_tasks.py). Two more tell
 what the switch is worth: Adam that lowers its learning rate to a tenth halfway, and the
 sequence that takes SGD's learning rate from Adam by a rule of thumb. Learning
-rates are tuned for all by the same rule: of one grid, for a sequence of all pairs from
-it, those with the lowest mean loss on the validation data, over seeds that are not used
-for testing. Then once more with Keras' default learning rates, as one would begin. A
+rates are tuned for all by the same rule: from one grid, or for a sequence from all its
+pairs, those with the lowest mean loss on the validation data, over seeds that are not
+used for testing. Then once more with Keras' default rates, as one would begin. A
 seed sets the data, the first weights and the order of the batches, for
 all alike, so differences are taken seed by seed.
 """
@@ -82,7 +82,7 @@ FIRST_TUNING_SEED = 1000
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Returns one row a contender, and one a difference of two; tuned and not."""
+    """Returns a row per contender, and one per difference of two; tuned and not."""
     result: dict[str, Any] = {
         "contenders": [],
         "differences": [],
@@ -371,7 +371,7 @@ def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def tables(result: dict[str, Any]) -> list[report.Table]:
-    """Returns how all did, the differences, and how all did untuned."""
+    """Returns how all did, the differences, and how all did without tuning."""
     found = [table_of_contenders(result), table_of_differences(result)]
     # What was measured before 2026-11-25 does not have them.
     if "untuned" in result:
@@ -380,7 +380,7 @@ def tables(result: dict[str, Any]) -> list[report.Table]:
 
 
 def table_of_contenders(result: dict[str, Any]) -> report.Table:
-    """Returns a row a contender and task."""
+    """Returns a row per contender and task."""
     settings = result["settings"]
     rows = [
         (
@@ -429,7 +429,7 @@ def updates_as_text(updates_by_child: list[list[int]]) -> str:
 
 
 def table_of_differences(result: dict[str, Any]) -> report.Table:
-    """Returns a row a sequence, optimizer alone and task."""
+    """Returns a row per sequence, optimizer alone and task."""
     rows = [
         (
             f"{row['task']}: {row['metric']}",
@@ -449,7 +449,7 @@ def table_of_differences(result: dict[str, Any]) -> report.Table:
 
 
 def table_of_untuned(result: dict[str, Any]) -> report.Table:
-    """Returns a row a contender and task."""
+    """Returns a row per contender and task."""
     minus = {
         (row["task"], row["contender"], row["alone"]): as_text(row, "+.2f")
         for row in result["untuned_differences"]
@@ -503,7 +503,7 @@ def headline(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    """Returns a panel a task, with every run and the mean of each contender."""
+    """Returns a panel per task, with every run and the mean of each contender."""
     rows = result["contenders"]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     figure = Figure(figsize=(9, 3.2), layout="constrained")

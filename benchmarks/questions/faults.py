@@ -41,7 +41,7 @@ from benchmarks.workloads.fault_runs import (
 from benchmarks.workloads.fault_worker import PAUSE
 
 PLACES = ("before", "at", "after")
-# A run is killed up to so many times.
+# A run is killed at most this many times.
 KILLS_OF_A_RUN = 3
 # A kill that came too late does not count, and another one is drawn.
 TRIES = 4
@@ -61,7 +61,7 @@ QUICK = Settings(kills=2, kinds=("cluster", "saving"))
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Returns one row a kill.
+    """Returns one row per kill.
 
     Raises:
         CheckError: if a run did not survive one.
@@ -156,7 +156,7 @@ def kill_one(
     folder: Path,
     expected: Life,
 ) -> list[dict[str, Any]]:
-    """Kills one run at each of the moments, lets it end, and returns a row a kill."""
+    """Kills one run at each of the moments, lets it end; returns a row per kill."""
     folder.mkdir()
     lives: list[Life] = []
     rows: list[dict[str, Any]] = []

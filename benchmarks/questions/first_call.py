@@ -159,7 +159,7 @@ def make_groups(settings: Settings) -> list[Group]:
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Returns one row a sequence, and one a plain child that was timed twice."""
+    """Returns a row per sequence, and one per plain child that was timed twice."""
     groups = make_groups(settings)
     # The very first trace imports a lot.
     time_first_call(groups[-1], "adam", {})
@@ -174,7 +174,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def measure_searches(settings: Settings) -> list[dict[str, Any]]:
-    """Returns one row a sequence of Adam and a search."""
+    """Returns one row per sequence of Adam and a search."""
     # Few weights, as SSBroyden is for.
     task = mlp(width=32, hidden=1 if settings.tiny_models else 2)
     group = Group(task, settings.small_rounds)
@@ -265,7 +265,7 @@ def row(group: Group, seconds: dict[Name, np.ndarray], children: int) -> dict[st
 
 
 def total(seconds: np.ndarray) -> np.ndarray:
-    """Returns the time of tracing and compiling together, one entry a round."""
+    """Returns the time of tracing and compiling together, one entry per round."""
     return seconds.sum(axis=1)
 
 

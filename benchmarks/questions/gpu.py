@@ -54,7 +54,7 @@ def prepare() -> None:
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Returns one row a model and phase, and none if there is no GPU."""
+    """Returns one row per model and phase, and none if there is no GPU."""
     device, reason = find_gpu()
     if device is None:
         say(f"not measured: {reason}")

@@ -85,7 +85,7 @@ QUICK = Settings(
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Returns one row a timed cell, one a slope, and one a branch."""
+    """Returns one row per timed cell, one per slope, and one per branch."""
     cells, slopes = [], []
     for count, children in settings.grid:
         new_cells, new_slopes = measure_times(count, children, settings)
@@ -155,7 +155,7 @@ def time_cell(sequence: Program, cell: Cell, steps: int) -> float:
 
 
 def idle_variables(children: int, variables: int) -> int:
-    """Returns how many optimizer variables the idle of so many Adams have."""
+    """Returns how many optimizer variables the idle Adams of a sequence have."""
     # Two for each variable of the model, a count and a learning rate.
     return (children - 1) * (2 * variables + 2)
 
@@ -225,7 +225,7 @@ def slope_of(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def measure_copies(settings: Settings) -> list[dict[str, Any]]:
-    """Returns one row a branch of each sequence."""
+    """Returns one row per branch of each sequence."""
     task = many_variables(settings.grid[0][0])
     rows = []
     progress = Progress(len(settings.orders), "copies")
@@ -239,7 +239,7 @@ def count_copies(task: Task, optimizer: SequentialOptimizer) -> list[dict[str, A
     """Returns for each child what its branch copies of the idle children.
 
     Raises:
-        CheckError: if the program does not have one conditional with a branch a child.
+        CheckError: unless the program has one conditional with a branch per child.
     """
     program = Program(task, optimizer)
     compiled = hlo.Module(optimized_hlo(program.function("xla"), task))
@@ -294,7 +294,7 @@ def tables(result: dict[str, Any]) -> list[report.Table]:
 
 
 def table_of_times(cells: list[dict[str, Any]]) -> report.Table:
-    """Returns a row a number of variables and of children."""
+    """Returns a row for each number of variables and of children."""
     columns = [(mode, phase) for mode in MODES for phase in PHASES]
     rows = []
     for count, n in dict.fromkeys((c["variables"], c["children"]) for c in cells):
@@ -322,7 +322,7 @@ def table_of_times(cells: list[dict[str, Any]]) -> report.Table:
 
 
 def table_of_slopes(slopes: list[dict[str, Any]]) -> report.Table:
-    """Returns a row a number of variables, mode and phase."""
+    """Returns a row for each number of variables, mode and phase."""
     rows = [
         (
             str(slope["variables"]),
@@ -351,7 +351,7 @@ def table_of_slopes(slopes: list[dict[str, Any]]) -> report.Table:
 
 
 def table_of_copies(copies: list[dict[str, Any]]) -> report.Table:
-    """Returns a row a branch."""
+    """Returns a row per branch."""
     rows = [
         (
             order_as_text(row["order"]),
@@ -400,7 +400,7 @@ def headline(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    """Returns the ratios over the number of children, a panel a mode."""
+    """Returns the ratios over the number of children, one panel per mode."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     panels = figure.subplots(1, len(MODES), sharey=True)
     cells = result["cells"]

@@ -4,10 +4,10 @@
     python -m benchmarks memory --quick    # seconds, on a tiny model
 
 The bytes of the optimizer variables over the sum of the children's, which is exact,
-and the peak of a process that trains an MLP of 30 million weights. It is measured in
+and the peak of a process that trains an MLP of 30 million weights, measured in
 workloads/peak_memory.py. All children's variables exist from the start, so in each
-phase the peak cannot be less than that of the plain child with the variables of the
-other children beside it. It is compared with that.
+phase the peak cannot be less than that of the plain child plus the variables of the
+other children. The measured peak is compared with that sum.
 """
 
 import functools
@@ -48,7 +48,7 @@ QUICK = Settings(tiny_models=True, children=(2,), modes=("xla",), rounds=1)
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Returns one row a mode and number of children, and one a plain process."""
+    """Returns one row per mode and number of children, and one per plain process."""
     differences = check(settings)
     plains = list(OPTIMIZERS)[: max(settings.children)]
     sizes: dict[str, dict[str, Any]] = {}
@@ -122,7 +122,7 @@ def row(
     Args:
         mode: `"xla"` or `"graph"`.
         children: the number of children.
-        peaks: dict by mode and optimizer of arrays, a row a round, a column a phase.
+        peaks: dict by mode and optimizer of arrays; rows are rounds, columns phases.
         sizes: dict by optimizer of what its process said.
     """
     own = sizes[str(children)]

@@ -4,14 +4,14 @@
     python -m benchmarks pinn --quick    # within a minute, too short to compare
 
 Networks of 1,009 weights learn the solution of an equation (workloads/pinn.py) from
-gradients of all points at once; all contenders get as many gradients. Adam's learning
+gradients of all points at once; all contenders get equally many. Adam's learning
 rate is tuned on other seeds, by the error against the solution; a sequence takes the
 rate of Adam alone, and the defaults of `LBFGS` and `SSBroyden`. So nothing is tuned for
 the sequences.
 
 Two runs go side by side, each with one thread. What has been measured is in the file
-after each run, and is not measured again: stop it whenever you want to, and start it
-again. A rival that is not installed is left out (`pip install -e '.[bench]'`).
+after each run, and is not measured again: stop the command whenever you want to, and
+start it again. A rival that is not installed is left out (see `.[bench]`).
 """
 
 import dataclasses
@@ -350,7 +350,7 @@ def tables(result: dict[str, Any]) -> list[report.Table]:
 
 
 def table_of_best(result: dict[str, Any], problems: list[str]) -> report.Table:
-    """Returns a row a problem."""
+    """Returns a row per problem."""
     rows = []
     for problem in problems:
         groups = groups_of(result, problem)
@@ -378,7 +378,7 @@ def table_of_best(result: dict[str, Any], problems: list[str]) -> report.Table:
 
 
 def table_of_problem(result: dict[str, Any], problem: str) -> report.Table:
-    """Returns a row a contender."""
+    """Returns a row per contender."""
     single = groups_of(result, problem, "float32")
     rows = []
     for name, group in groups_of(result, problem).items():

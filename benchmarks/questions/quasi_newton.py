@@ -112,7 +112,7 @@ def make_cases(settings: Settings) -> list[Case]:
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Returns one row a case, and what was left out."""
+    """Returns one row per case, and what was left out."""
     rivals, left_out = find_rivals()
     rows = []
     for case in make_cases(settings):

@@ -30,10 +30,10 @@ from benchmarks.workloads.rival import COPIES, PLAIN, NotAvailableError, Trainer
 
 COST = "Switching elsewhere"
 OURS = "SequentialOptimizer"
-# Each framework adds up in an order of its own, and has an `exp` and a division of its
-# own. What that does to the change of a variable grows with the updates, and Adam
-# enlarges it where a gradient is nearly zero. Another rule, a count that is off by one
-# or a momentum that was lost is off by more than a tenth.
+# Each framework adds up in its own order, and has its own `exp` and division. What that
+# does to the change of a variable grows with the updates, and Adam enlarges it where a
+# gradient is nearly zero. With another rule, a count that is off by one or a lost
+# momentum, the weights are off by more than a tenth.
 TOLERANCE = 1e-3
 
 
@@ -96,7 +96,7 @@ def frameworks(compiled: bool) -> list[Framework]:
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Returns one row a program and phase, one a check, and what was left out."""
+    """Returns a row per program and phase, one per check, and what was left out."""
     work = Work(mlp(settings.width, settings.hidden, batch=32), settings.boundary)
     cells, checks, left_out = [], [], []
     ours: dict[str, list[np.ndarray]] = {}
@@ -218,7 +218,7 @@ def tables(result: dict[str, Any]) -> list[report.Table]:
 
 
 def table_of_times(result: dict[str, Any]) -> report.Table:
-    """Returns a row a program and phase."""
+    """Returns a row per program and phase."""
     cells = result["cells"]
     rows = [
         (
@@ -250,7 +250,7 @@ def table_of_times(result: dict[str, Any]) -> report.Table:
 
 
 def table_of_checks(result: dict[str, Any]) -> report.Table:
-    """Returns a row a program, with its largest difference."""
+    """Returns a row per program, with its largest difference."""
     worst: dict[tuple[str, str], float] = {}
     for row in result["checks"]:
         key = row["framework"], row["program"]

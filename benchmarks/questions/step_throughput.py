@@ -56,7 +56,7 @@ QUICK = Settings(tiny_models=True, rounds=5, steps=5, short_rounds=5, short_step
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Returns one row a model, mode and phase."""
+    """Returns one row per model, mode and phase."""
     cells = []
     for task in make_tasks(settings.tiny_models):
         cells += measure_task(task, settings)
@@ -125,7 +125,7 @@ def tables(result: dict[str, Any]) -> list[report.Table]:
 
 
 def table_of_cells(cells: list[dict[str, Any]]) -> report.Table:
-    """Returns a row a model, mode and phase."""
+    """Returns a row per model, mode and phase."""
     rows = [
         (
             cell["model"],
@@ -142,7 +142,7 @@ def table_of_cells(cells: list[dict[str, Any]]) -> report.Table:
 
 
 def table_of_short_steps(cells: list[dict[str, Any]]) -> report.Table:
-    """Returns a row a mode and phase."""
+    """Returns a row per mode and phase."""
     rows = [
         (
             cell["mode"],

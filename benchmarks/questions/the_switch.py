@@ -6,7 +6,7 @@
 The time of each of the five steps before and the five after the switch from Adam to
 SGD, over the median step of the same optimizer in the same run, for the sequence and
 for what people do today (workloads/ways.py). Traces and compilations are counted in a
-process of their own (workloads/compilations.py). Goal: no step above 1.5, no trace, no
+separate process (workloads/compilations.py). Goal: no step above 1.5, no trace, no
 compilation.
 """
 
@@ -57,7 +57,7 @@ QUICK = Settings(tiny_models=True, rounds=5, compiling_rounds=1)
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Returns one row a model and way, and one a model without a switch."""
+    """Returns one row per model and way, and one per model without a switch."""
     rows, controls = [], []
     tiny = settings.tiny_models
     for i, task in enumerate(make_tasks(tiny)):
@@ -72,7 +72,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def time_all(task: Task, settings: Settings) -> dict[str, np.ndarray]:
-    """Returns the seconds of the steps around the switch, a row a round, by way."""
+    """Returns the seconds of the steps around the switch by way, a row per round."""
     ways, controls = make_ways(task), make_controls(task)
     check(task, ways)
     for control in controls.values():
@@ -108,7 +108,7 @@ def check(task: Task, ways: Mapping[str, Any]) -> None:
 
 
 def time_steps(way: Any) -> np.ndarray:
-    """Returns the seconds of the steps around the switch, in a run of their own."""
+    """Returns the seconds of the steps around the switch, in a separate run."""
     way.restart()
     seconds = [
         timing.seconds_of(functools.partial(way.step, update))
@@ -232,7 +232,7 @@ def headline(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    """Returns the picture: the steps around the switch, a panel a model."""
+    """Returns the picture: the steps around the switch, one panel per model."""
     panels = result["without_switch"]
     figure = Figure(figsize=(4.2 * len(panels) + 1, 4), layout="constrained")
     for axes, panel in zip(

@@ -1,7 +1,7 @@
 """Counts what is traced and compiled when the optimizer changes.
 
 There is no public counter of XLA's compilations, but XLA writes a file for each if it
-is told to with `--xla_dump_to`, before it starts: hence a process of its own.
+is told to with `--xla_dump_to`, before it starts: hence a separate process.
 """
 
 import json

@@ -23,7 +23,7 @@ from benchmarks.workloads.fault_worker import Fit, Loop
 
 # Seconds that the other workers get to notice that one is gone.
 PATIENCE = 1.0
-# What a run says that refuses a broken backup: Keras, and then fault_worker.py.
+# The errors of a run that refuses a broken backup: Keras', then fault_worker.py's.
 REFUSALS = ("OSError: ", "RuntimeError: BackupAndRestore restored ")
 
 
@@ -131,7 +131,7 @@ class Kind:
         return fault_worker.train_alone
 
     def start(self, folder: Path) -> list[Process]:
-        """Starts the processes of a run, which go on from what is in the folder."""
+        """Starts the processes of a run, which continue from what is in the folder."""
         environments: list[dict[str, str]] = [{}]
         if self.processes > 1:
             environments = list(cluster_environments(worker=self.processes).values())
@@ -169,7 +169,7 @@ KINDS = {
 
 
 def live(processes: list[Process], moment: Moment | None = None) -> list[Life]:
-    """Follows a run until it is killed, or ends; returns a life a process.
+    """Follows a run until it is killed, or ends; returns one life per process.
 
     Raises:
         ProcessError: if it fails before.

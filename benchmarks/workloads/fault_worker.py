@@ -1,8 +1,8 @@
 """The training runs that the question `faults` kills, as a user would write them.
 
-Each saves on the way, and goes on from what it finds when it is started again. What it
-does it reports: `report(event, number, text)`, where the number is that of the updates
-made so far. A run that is not killed reports the same, bit by bit, as one that is.
+Each saves on the way, and continues from what it finds when it is started again. It
+reports what it does: `report(event, number, text)`, where the number is that of updates
+made so far. A run that is not killed reports the same, bit for bit, as one that is.
 
     restored   it begins with what it has found
     epoch      `fit` begins; the number is that of the epoch
@@ -49,7 +49,7 @@ def make_children() -> list[Any]:
     return [adam, sgd, adam]
 
 
-# --- a loop of one's own, with tf.train.CheckpointManager ------------------------
+# --- a custom loop, with tf.train.CheckpointManager ------------------------------
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Tasks on which it is asked whether switching makes a better model.
+"""Tasks for the question whether switching makes a better model.
 
-Each has data of its own for training, for tuning the learning rates and for testing.
+Each has separate data for training, for tuning the learning rates and for testing.
 """
 
 from collections.abc import Callable

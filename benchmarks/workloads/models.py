@@ -37,8 +37,8 @@ CLASSES = 10
 def mlp(width: int = 2048, hidden: int = 8, batch: int = 8) -> Task:
     """A multi-layer perceptron: many weights, little to compute with each.
 
-    By default 30 million weights and 8 examples a step, so that much of a step is the
-    optimizer's.
+    By default 30 million weights and 8 examples per step, so that the optimizer takes
+    much of a step.
     """
 
     def make_model() -> keras.Model:

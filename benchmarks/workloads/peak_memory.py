@@ -1,4 +1,4 @@
-"""Measures the memory of one training program, in a process of its own.
+"""Measures the memory of one training program, in a separate process.
 
     python -m benchmarks.workloads.peak_memory adam xla 0    # or the number of children
 

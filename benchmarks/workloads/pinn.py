@@ -64,7 +64,7 @@ class PINN(keras.Model):
     def fit_points(
         self, points: Points, steps: int, at_once: int, callbacks: Sequence[Any] = ()
     ) -> None:
-        """Calls `fit` with all points in each step, and `at_once` steps an epoch."""
+        """Calls `fit` with all points in each step, and `at_once` steps per epoch."""
         self.fit(
             tf.data.Dataset.from_tensors(points).repeat(),
             steps_per_epoch=at_once,
@@ -75,7 +75,7 @@ class PINN(keras.Model):
         )
 
     def relative_error(self, at: tf.Tensor, exact: np.ndarray) -> float:
-        """Returns the norm of the difference from the solution, over that of it."""
+        """Returns the norm of the error, over the norm of the solution."""
         off = self(at).numpy()[:, 0] - exact
         return float(np.linalg.norm(off) / np.linalg.norm(exact))
 

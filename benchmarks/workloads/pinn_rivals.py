@@ -18,7 +18,7 @@ UNLIMITED = 10**9  # `SpentError` ends it
 
 
 class SpentError(Exception):
-    """All gradients that were to be had have been asked for."""
+    """The budget of gradients is spent."""
 
 
 class FlatLoss:
@@ -123,7 +123,7 @@ def tfp_search(function: FlatLoss) -> None:
 
 def torch_search(function: FlatLoss) -> None:
     """Searches with PyTorch."""
-    # As it is imported there, it does not crash beside TensorFlow.
+    # Imported the way that module does it, PyTorch does not crash beside TensorFlow.
     from benchmarks.workloads.rival_torch import torch
 
     weights = torch.from_numpy(function.first.copy()).requires_grad_()

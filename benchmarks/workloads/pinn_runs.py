@@ -84,7 +84,7 @@ class Cell:
 
 
 def run_cell(report: Callable[[Any], None], cell: Cell) -> None:
-    """Reports a row for each seed. To be called in a process of its own."""
+    """Reports a row for each seed. To be called in a separate process."""
     # Two cells run side by side on two cores.
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)

@@ -48,7 +48,7 @@ class Program:
 
     Args:
         task: the model and its data.
-        optimizer: a Keras optimizer, or what has its methods that are used here.
+        optimizer: a Keras optimizer, or anything with the methods that are used here.
         model: a model of this task that another program trains as well, or `None` for
             a new one.
     """
@@ -112,9 +112,9 @@ class Program:
 
 
 def compact(array: np.ndarray) -> np.ndarray:
-    """Returns the array, one number of memory if it is the same everywhere.
+    """Returns the array, stored as one number if it is the same everywhere.
 
-    As the variables of most optimizers are at first, which are twice as large as the
+    So are the variables of most optimizers at first, which are twice as large as the
     model.
     """
     if array.size and np.all(array == array.flat[0]):
@@ -149,7 +149,7 @@ def check_sequence(
         updates: int, the number of updates in each phase.
 
     Returns:
-        The `checks.difference`, 0.0 if the weights are the same, bit by bit.
+        The `checks.difference`, 0.0 if the weights are the same, bit for bit.
 
     Raises:
         CheckError: if the weights at the end are not the same.

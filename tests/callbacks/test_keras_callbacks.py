@@ -132,7 +132,7 @@ def test_learning_rate_scheduler_equals_two_plain_fits():
 
 def test_rate_at_the_end_of_an_epoch_is_logged(wrap):
     # At the end of the second epoch Keras logs the rate of the next update, SGD's.
-    # PhaseLogger, put behind, logs the rate of the last one.
+    # PhaseLogger, which comes after it, logs the rate of the last update.
     scheduler = keras.callbacks.LearningRateScheduler(halve)
     _, _, alone = run(wrap, scheduler, boundaries=[4, 9])
     _, _, both = run(wrap, scheduler, PhaseLogger(verbose=0), boundaries=[4, 9])
@@ -201,7 +201,7 @@ def test_swap_ema_weights_validates_the_average(wrap, swap_on_epoch):
     averages = averages_of(weights.seen)[UPDATES_PER_EPOCH - 1 :: UPDATES_PER_EPOCH]
     expected = [np.mean((X @ kernel + bias - Y) ** 2) for kernel, bias in averages]
     np.testing.assert_allclose(history["val_loss"], expected, rtol=1e-4)
-    # Which is something else than validating the weights themselves.
+    # Which differs from validating the weights themselves.
     last_kernel, last_bias = weights.seen[-1]
     loss = np.mean((X @ last_kernel + last_bias - Y) ** 2)
     assert abs(loss - history["val_loss"][-1]) > 0.1

@@ -1,4 +1,4 @@
-"""PhaseLogger prints each switch at its iteration, and logs who made the updates."""
+"""PhaseLogger prints each switch at its iteration, and logs which child ran."""
 
 import csv
 import itertools
@@ -36,7 +36,7 @@ def phases_by_hand(updates, boundaries, advance_at=()):
     """Returns the phase of each update, found by going through them one by one.
 
     Args:
-        advance_at: for each call of `advance()`, the iterations before which it is.
+        advance_at: for each call of `advance()`, the iteration before which it comes.
     """
     phases, phase = [], 0
     for t in range(updates):
@@ -226,7 +226,7 @@ def test_phase_that_is_ended_before_the_first_update(before, capsys):
 
 @pytest.mark.parametrize("hook", ["end_batch", "end_epoch"])
 def test_loop_without_on_epoch_begin_prints_its_switches(hook, capsys):
-    # A loop by hand that left it out once got no line at all, in silence.
+    # A custom loop that left it out once got no lines at all, and no warning.
     optimizer = make_sequence("ab", [2])
     stage = Stage(optimizer, [PhaseLogger()])
     for _ in range(3):

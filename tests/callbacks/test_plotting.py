@@ -89,7 +89,7 @@ def right_axis_of(ax):
 
 
 def fit(optimizer, epochs=4, **kwargs):
-    """Fits a tiny model, two updates an epoch, and returns its History."""
+    """Fits a tiny model, two updates per epoch, and returns its History."""
     x = np.linspace(-1, 1, 8, dtype=np.float32)[:, None]
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile(optimizer, loss="mse", metrics=["mae"], run_eagerly=True)
@@ -336,7 +336,7 @@ def test_picture_is_written_without_a_warning(tmp_path):
         (columns_of([0]), {"learning_rate": True}, "'learning_rate'"),
         (columns_of([0]), {"metrics": ["accuracy"]}, "'accuracy'"),
         (columns_of([0]), {"metrics": ["val_loss"]}, "'val_loss'"),
-        # There was a validation, so this is a slip of the pen.
+        # There was a validation, so this is a typo.
         (columns_of([0], val_mae=[1.0]), {"metrics": ["val_mea"]}, "'val_mea'"),
     ],
 )

@@ -42,7 +42,7 @@ def make_sgds(boundaries):
 
 
 def drive(callback, values, boundaries=(None,), updates=2, advance_at=()):
-    """Feeds one value of the metric an epoch; returns the phase after each epoch.
+    """Feeds one value of the metric per epoch; returns the phase after each epoch.
 
     Args:
         updates: the number of updates in an epoch.
@@ -176,7 +176,7 @@ RULE = {
         [0, 0, 0, 1],
     ),
     "min_iterations holds a stalled phase": (
-        # Two updates an epoch: 8 are made after the fourth.
+        # Two updates per epoch: 8 have been made after the fourth.
         {"patience": 1, "min_iterations": 7},
         [5, 5, 5, 5],
         [0, 0, 0, 1],
@@ -197,13 +197,13 @@ def test_rule_by_example(name):
 
 def test_each_phase_gets_a_new_best_patience_and_cooldown():
     values = [1, 1, 1, 9, 9, 9, 9, 5, 5, 5, 5, 5]
-    # Epoch 0 is the best, 1 and 2 are waited for. Then 9 is the best of the next
-    # phase, though worse than 1: its first epoch is the one of the cooldown, and 4
-    # and 5 are waited for; and again from epoch 6, where 5 in epoch 7 is better.
+    # Epoch 0 is the best, and 1 and 2 use up the patience. Then 9 is the best of the
+    # next phase, though worse than 1: epoch 3 is its cooldown, and 4 and 5 use up the
+    # patience. The same from epoch 6 on, except that 5 in epoch 7 is better.
     expected = [0, 0, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3]
     callback = SwitchOnPlateau("loss", patience=2, cooldown=1)
     assert drive(callback, values, boundaries=(None,) * 3) == expected
-    # The second epoch of a longer cooldown would have been the first one waited for.
+    # With a longer cooldown, its second epoch no longer counts towards the patience.
     callback = SwitchOnPlateau("loss", patience=2, cooldown=2)
     expected = [0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3]
     assert drive(callback, values, boundaries=(None,) * 3) == expected
@@ -338,7 +338,7 @@ def test_advance_of_another_callback_starts_anew():
             stage.update()
             stage.end_epoch(loss=1.0)
             phases[place].append(int(optimizer.phase))
-    # From epoch 2 on: the best, then three to wait for.
+    # From epoch 2 on: the best, then three without improvement.
     assert phases[0] == phases[1] == [0, 1, 1, 1, 1, 2, 2]
 
 
@@ -470,7 +470,7 @@ def test_metric_of_every_second_epoch_counts_when_it_is_there():
 def test_fit_starts_anew():
     model = compiled_model(make_sgds((None,)))
     callback = SwitchOnPlateau("val_loss", patience=3)
-    for _ in range(2):  # The best, and two to wait for: one too few, twice.
+    for _ in range(2):  # The best, then two without improvement: one too few, twice.
         fit(model, 3, [Script([1.0] * 3), callback])
         assert int(model.optimizer.phase) == 0
     fit(model, 4, [Script([1.0] * 4), callback])
@@ -536,7 +536,7 @@ def test_fit_equals_two_fits_with_plain_optimizers(setting, policy):
     assert len(set(count.traces)) == 1
     assert int(sequence.iterations) == 2 * len(VALUES)
     children = [weights_of(child.variables) for child in sequence.children]
-    # XLA rounds the float16 backward pass by what surrounds it.
+    # How XLA rounds the float16 backward pass depends on what surrounds it.
     atol = 1e-6 if setting == "mixed_float16" else 0.0
     states = [recorder.after[LAST], weights_of(model.weights), *children]
     assert_same(states, expected, atol)
@@ -590,7 +590,7 @@ def test_next_phase_starts_from_the_best_weights(policy, jit_compile):
     fit(model, len(VALUES), [Script(VALUES), before, plateau, after])
     assert_same(after.before[LAST + 1], before.after[BEST])
     assert not np.array_equal(before.after[LAST][0], before.after[BEST][0])
-    # All other epochs go on from where the one before ended.
+    # All other epochs continue from where the one before ended.
     for epoch in set(range(1, len(VALUES))) - {LAST + 1}:
         assert_same(after.before[epoch], before.after[epoch - 1])
 
@@ -606,7 +606,7 @@ def test_phase_that_a_boundary_ended_hands_its_last_weights_on():
         stage.update()
         weights.append(stage.weight.numpy())
         stage.end_epoch(loss=value)
-    # The integer has ended phase 0, whose best weights those of epoch 0 were. Phase 1
+    # The integer has ended phase 0, whose best weights were those of epoch 0. Phase 1
     # had no best epoch, so there is nothing to go back to when it ends.
     assert int(optimizer.phase) == 3
     assert_same([stage.weight.numpy()], [weights[-1]])
@@ -634,7 +634,7 @@ def test_each_phase_has_its_own_best_weights():
 
 EPOCHS = 7
 # An improvement by 100 never comes, so each phase stalls: its first epoch is the
-# best, two are waited for, and after a switch one does not count.
+# best, the next two use up the patience, and after a switch one does not count.
 STALLING = {"monitor": "loss", "patience": 2, "min_delta": 100.0, "cooldown": 1}
 PHASES = [0, 0, 1, 1, 1, 2, 2]
 
@@ -736,7 +736,7 @@ def test_resumed_run_warns_if_it_was_saved_before_the_turn(epoch, tmp_path):
 
     assert start("best weights", EPOCHS, lambda p: [*around(p), Kill(epoch)]) is None
     with pytest.warns(UserWarning, match="Put it before the callback that saves"):
-        start("best weights", EPOCHS, around)  # which goes on to the end
+        start("best weights", EPOCHS, around)  # which continues to the end
 
 
 def test_backup_made_without_the_callback_is_watched_from_there(tmp_path):
@@ -754,7 +754,7 @@ def test_loaded_keras_file_starts_anew(tmp_path):
     model.save(tmp_path / "model.keras")
     model = keras.models.load_model(tmp_path / "model.keras")
     recorder = Recorder(model.optimizer)
-    # Were it to go on, the first epoch would be the third one waited for.
+    # If it continued, the first epoch would be the third without improvement.
     plateau = SwitchOnPlateau(patience=3)
     fit(model, 5, [Script([2.0] * 5), plateau, recorder])
     assert list(recorder.phases.values()) == [0, 0, 0, 1, 1]
@@ -779,7 +779,7 @@ def noted():
 
 
 def _watched():
-    """An optimizer that a callback watches which has seen nothing yet."""
+    """An optimizer that is watched by a callback that has seen nothing yet."""
     optimizer = make_sgds((None,))
     Stage(optimizer, [SwitchOnPlateau("loss", patience=9, restore_best_weights=True)])
     return optimizer

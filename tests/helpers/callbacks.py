@@ -22,7 +22,7 @@ def compiled_model(optimizer, model_class=Counting, **kwargs):
 
 
 class GAN(keras.Model):
-    """A tiny generator and discriminator, each with an optimizer of its own."""
+    """A tiny generator and discriminator, each with its own optimizer."""
 
     def __init__(self, g_optimizer, d_optimizer, optimizer="rmsprop"):
         super().__init__()

@@ -54,10 +54,10 @@ def run_plain(
     mode: str,
     gradients: Callable = as_they_are,
 ) -> list[list[np.ndarray]]:
-    """Does what `run` does with one plain optimizer a phase.
+    """Does what `run` does, with one plain optimizer per phase.
 
-    Each optimizer is built when its phase starts, on the weights of that moment, as
-    someone would who creates it then.
+    Each optimizer is built when its phase starts, on the weights of that moment, as if
+    a user created it then.
     """
     steps: dict[int, Callable] = {}
     history = []
@@ -90,7 +90,7 @@ def make_variables(shapes=((3, 2), (2,)), dtype="float32", **kwargs):
 
 
 def make_gradients(variables, steps, seed=2):
-    """Returns a list of gradients, one tensor a variable, for each of the steps."""
+    """Returns for each step a list of gradients, one tensor per variable."""
     rng = np.random.default_rng(seed)
     return [
         [tf.constant(rng.normal(size=v.shape), v.dtype) for v in variables]

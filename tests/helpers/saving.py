@@ -1,7 +1,7 @@
 """A tiny training run that is stopped, saved, loaded and continued.
 
 `Run` trains without a stop, saves on the way and remembers the state after every
-call. Whatever was saved must go on to the same states, bit by bit.
+call. Whatever was saved must continue through the same states, bit for bit.
 """
 
 import functools
@@ -192,7 +192,7 @@ class Run:
         return self._folder / str(calls)
 
     def assert_continues(self, model, calls: int) -> None:
-        """Asserts that a loaded model is where the run was and goes on like it."""
+        """Asserts that a loaded model is where the run was, and continues like it."""
         assert_same(state_of(model), self.states[calls])
         advance_after = self.case.advance_after or 0
         if advance_after <= calls:

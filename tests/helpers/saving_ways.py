@@ -1,4 +1,4 @@
-"""Every way to save a model with its optimizer, and to go on from there."""
+"""Every way to save a model with its optimizer, and to continue from there."""
 
 import copy
 import pickle

@@ -77,8 +77,8 @@ def test_learning_rate_in_the_graph_does_not_ask_either():
 
 
 def test_tensorflow_still_asks_for_compile_time_constants():
-    # If this fails, TensorFlow no longer sets the attribute: then `switch_case` in
-    # switching.py, with its private `_set_attr`, is not needed any more.
+    # If this fails, TensorFlow no longer sets the attribute: then there is no need to
+    # clear it in _switch_case.py, with the private `_set_attr`, any more.
     variable = tf.Variable(1.0)
 
     @tf.function(jit_compile=True)
@@ -189,7 +189,7 @@ def test_nothing_is_public_by_accident():
 
 def test_tflite_still_cannot_run_a_case():
     # A converted train step fails with "Function ... is not defined": ours, and any
-    # with a `tf.switch_case`. If this fails, TFLite has operations of its own for that:
+    # with a `tf.switch_case`. If this fails, TFLite has its own operations for that:
     # see whether a model now trains on a device, and say so in the README.
     class Module(tf.Module):
         def __init__(self):

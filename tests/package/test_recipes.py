@@ -39,7 +39,7 @@ def make_model():
 
 
 def fit(optimizer, epochs, callbacks=()):
-    """Returns the phase at the end of each epoch of three full batches and a part."""
+    """Returns the phase after each epoch of three full batches and a partial one."""
     model = make_model()
     model.compile(optimizer, "mse")
     callbacks = [*callbacks, PhaseLogger(verbose=0)]

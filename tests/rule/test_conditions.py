@@ -74,7 +74,7 @@ def mean_improves_by_less_than(fraction):
 
 
 def differs_clearly(value, threshold):
-    """Returns whether rounding, which XLA does otherwise, cannot decide the rule."""
+    """Returns whether rounding, which differs under XLA, cannot decide the rule."""
     return abs(value - threshold) > 1e-3 * threshold
 
 
@@ -139,7 +139,7 @@ def train_plain(children, rule):
 
 
 def train_steps(optimizer, rule, jit_compile):
-    """Does it with a compiled train step."""
+    """Does the same with a compiled train step."""
     weights = make_weights()
     optimizer.build(weights)
 
@@ -158,7 +158,7 @@ def train_steps(optimizer, rule, jit_compile):
 
 
 def train_loop(optimizer, rule):
-    """Does it with a compiled `tf.while_loop`."""
+    """Does the same with a compiled `tf.while_loop`."""
     weights = make_weights()
     optimizer.build(weights)
 
@@ -206,7 +206,7 @@ def test_switches_at_the_step_where_eager_python_does(name, setting):
 
 
 def below_each(rule, thresholds):
-    """Returns a rule with one threshold a phase, as the recipe writes it."""
+    """Returns a rule with one threshold per phase, as the recipe writes it."""
 
     def rule_of_phase(optimizer, loss, gradients):
         threshold = tf.gather(tf.constant(thresholds), optimizer.phase)

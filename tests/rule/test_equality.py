@@ -1,4 +1,4 @@
-"""Weights and optimizer variables equal those of plain optimizers, bit by bit."""
+"""Weights and optimizer variables equal those of plain optimizers, bit for bit."""
 
 import keras
 import numpy as np
@@ -94,7 +94,7 @@ def test_built_in_optimizer(name, position, mode):
 
 
 def test_all_built_in_optimizers_are_tested():
-    # A new Keras with a new optimizer says so here.
+    # Fails when a new version of Keras has a new optimizer.
     wrappers = {"LossScaleOptimizer", "MultiOptimizer", "Optimizer", "OptimizerMap"}
     exported = {name for name in dir(optimizers) if name[0].isupper()}
     assert exported - wrappers == set(AVAILABLE)
@@ -126,7 +126,7 @@ CHILD_SETTINGS = {
     "use_ema": lambda: optimizers.SGD(
         0.1, momentum=0.9, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2
     ),
-    # The boundary cuts its window: what was accumulated waits until it is back.
+    # The boundary cuts its window: what was accumulated waits until the child is back.
     "gradient_accumulation": lambda: optimizers.Adam(
         0.05, gradient_accumulation_steps=2
     ),
@@ -240,8 +240,8 @@ def test_sparse_gradients_of_built_in_optimizer(name):
     skip_if_broken(name)
     # The shape that `brought_inside` gave a sparse gradient was a tuple, which
     # not every optimizer takes: ScheduleFreeAdamW in a graph did not. Not under XLA,
-    # which rounds RMSprop's last bit otherwise in any conditional: a plain RMSprop in
-    # a `tf.cond` has the same other bit.
+    # which rounds RMSprop's last bit differently in any conditional: a plain RMSprop
+    # in a `tf.cond` differs in the same bit.
     check(
         lambda: [BUILT_IN[name](), optimizers.SGD(0.05, name="second")],
         [BOUNDARY],

@@ -69,8 +69,8 @@ def make_sequence(names, boundaries):
 class Training(RuleBasedStateMachine):
     """A run that is trained, advanced, saved and loaded in any order.
 
-    Beside it the plain optimizers train weights of their own: the child that
-    `Expected` names makes each update.
+    Beside it, plain optimizers train their own weights: the one that `Expected` names
+    makes each update.
     """
 
     @initialize(schedule=schedules())
@@ -170,7 +170,7 @@ def test_compiled_loop_follows_any_schedule(schedule, advanced_before):
 
     plain = {name: KINDS[name]() for name in schedule[0]}
     names = [schedule[0][phase] for phase in phases]
-    # One entry an update, so that the oracle needs no rule of its own.
+    # One entry per update, so that the oracle needs no rule.
     history = run_plain(
         [plain[name] for name in names],
         range(1, updates),

@@ -1,4 +1,4 @@
-"""Children that copy the weights in `build` do as if they were built at their phase."""
+"""Children that copy the weights in `build` act as if built when their phase starts."""
 
 import random
 
@@ -25,7 +25,7 @@ needs_schedule_free = pytest.mark.skipif(
 
 
 class Lookahead(optimizers.SGD):
-    """Keeps slow weights, as many users write it, with names of its own."""
+    """Keeps slow weights under its own names, as many users write it."""
 
     def build(self, variables):
         if self.built:
@@ -142,7 +142,7 @@ def keras_variables(*scopes_and_names, shapes=((3, 2), (2,)), dtype="float32"):
 DENSE = [("dense", "kernel"), ("dense", "bias")]
 
 CASES = {
-    # Copies were told by name, and the last of those with one name counted.
+    # Copies were found by name, and of several with one name only the last counted.
     "raw": (Lookahead, raw([1.0, 2.0], [30.0, 40.0])),
     "raw shapes": (Lookahead, raw([1.0, 2.0], [[3.0]], 4.0)),
     "two models": (Lookahead, keras_variables(*DENSE, *DENSE)),
@@ -152,7 +152,7 @@ CASES = {
     ),
     "equal weights": (Lookahead, raw([0.0, 0.0], [0.0, 0.0], 1.0, 1.0)),
     "many scalars": (Lookahead, raw(*np.linspace(0.0, 1.0, 130, dtype=np.float32))),
-    # Not told at all, as they have another name, dtype, rank or owner.
+    # Not found at all, as they have another name, dtype, rank or owner.
     "named by the user": (Lookahead, make_variables),
     "other order": (Reversed, raw([1.0, 2.0], [30.0, 40.0])),
     "masters": (Masters, keras_variables(*DENSE, dtype="bfloat16")),
@@ -213,7 +213,7 @@ def test_copied_weights_are_copied_again_at_the_phase_start():
 
 
 def test_first_child_copies_the_weights_at_the_start():
-    # Someone builds the optimizer, and loads the weights to start with after that.
+    # Someone builds the optimizer, and only then loads the weights to start from.
     ours, theirs = make_variables(), make_variables()
     sequence = SequentialOptimizer([Lookahead(0.1), optimizers.Adam(0.1)], [2])
     sequence.build(ours)
@@ -227,7 +227,7 @@ def test_first_child_copies_the_weights_at_the_start():
 
 
 def test_schedule_that_is_set_after_build():
-    # Keras then forgets the variable of the learning rate: copies moved on by one.
+    # Keras then forgets the variable of the learning rate: copies were shifted by one.
     def train(optimizer, variables):
         for gradients in make_gradients(variables, 2):
             optimizer.apply(gradients, variables)
@@ -250,7 +250,7 @@ def test_schedule_that_is_set_after_build():
     "holder", [lambda o: o, lambda o: [o], lambda o: {"all": o}, lambda o: (o,)]
 )
 def test_copies_of_an_optimizer_that_a_child_holds(holder):
-    # They stayed those from before training; a dict called `optimizers` raised.
+    # The copies stayed those from before training; a dict called `optimizers` raised.
     check(lambda: Wrapper(holder(Lookahead(0.1))))
 
 
@@ -379,13 +379,13 @@ class OnlyLarge(Lookahead):
     ],
 )
 def test_stale_variables_are_warned_of_once(make_child, received):
-    # They stayed those of the weights before training, without a word.
+    # They silently stayed those of the weights before training.
     child = make_child(0.1)
     optimizer = SequentialOptimizer([optimizers.Adam(), child], [2])
     with pytest.warns(UserWarning, match=f"`{child.name}`.*{received}") as warned:
         optimizer.build(make_variables())
     assert len(warned) == 1
-    # First, it starts with the weights that it was built on.
+    # As the first child, it starts with the weights that it was built on.
     SequentialOptimizer([make_child(0.1), optimizers.Adam()], [2]).build(
         make_variables()
     )
@@ -418,7 +418,7 @@ class Noisy(optimizers.SGD):
 
 @pytest.mark.parametrize("make_child", [Noisy, Lookahead])
 def test_build_draws_no_more_random_numbers_than_a_plain_one(make_child):
-    # Looking for copies drew from Keras' global seed: other dropout masks.
+    # Looking for copies drew from Keras' global seed, which changed dropout masks.
     def drawn(make_optimizers):
         keras.utils.clear_session(free_memory=False)
         keras.utils.set_random_seed(0)
@@ -431,7 +431,7 @@ def test_build_draws_no_more_random_numbers_than_a_plain_one(make_child):
     assert ours == drawn(lambda *children: children)
 
 
-# To build twins of large models takes time, and most optimizers start from zeros.
+# Building twins of large models takes time, and most optimizers start from zeros.
 def test_optimizer_that_starts_from_zeros_gets_one_twin():
     class Counted(keras.optimizers.Adam):
         builds = 0

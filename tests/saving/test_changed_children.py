@@ -115,7 +115,7 @@ def _nested(second):
 
 
 def _two_adams(*settings):
-    """Adams whose names say nothing: as in a new process, they are counted anew."""
+    """Adams whose names say nothing: as in a new process, numbering starts anew."""
     keras.utils.clear_session(free_memory=False)
     adams = [_adam(**keywords) for keywords in settings]
     return SequentialOptimizer(adams, [3, 5][: len(adams) - 1])
@@ -351,7 +351,7 @@ REFUSED = {
         lambda: SequentialOptimizer([_adam("new"), _adam("a")], [3]),
         "another name of child 0",
     ),
-    # Names that Keras made say nothing, and the state was once exchanged in silence.
+    # Names that Keras made say nothing, and the states were once silently exchanged.
     "settings_swapped": Refused(
         lambda: _two_adams(FAST, SLOW),
         lambda: _two_adams(SLOW, FAST),

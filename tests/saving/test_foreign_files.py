@@ -171,8 +171,8 @@ def test_refused_file_does_not_spoil_the_next_load(saved, damaged, name):
     assert_same(state_of(model), right)
 
 
-# What an array is replaced by (nothing: it is taken out), and what the error says. Of
-# all but the first three, everything but that array was once loaded.
+# What an array is replaced by (nothing: it is taken out), and what the error says. In
+# all cases but the first three, everything except that array was once loaded.
 DAMAGES = {
     "iterations": ("0", -1, "must have integers from"),
     "min_phase": ("1", -1, "must have integers from"),
@@ -423,7 +423,7 @@ def test_nan_is_loaded_as_it_was_saved(tmp_path, name):
 
 
 def _to_float16(path, keep):
-    """Rewrites what `keep` does not say in float16."""
+    """Rewrites in float16 all that `keep` does not name."""
     with h5py.File(path, "r+") as file:
         names = []
         file.visititems(

@@ -108,7 +108,7 @@ def test_callback_is_pickled_after_fit(make):
     model.fit(x, y, verbose=0, callbacks=[callback])
     loaded = pickle.loads(pickle.dumps(callback))
     assert type(loaded) is type(callback)
-    # Nor does it need anything of the run that it was in.
+    # Nor does it need anything from the run that it was in.
     make_model(adam_sgd([None])).fit(x, y, verbose=0, callbacks=[loaded])
 
 
@@ -145,7 +145,7 @@ class Lookahead(optimizers.Optimizer):
 
 
 class Counting(optimizers.SGD):
-    """A user's optimizer that saves a number of its own."""
+    """A user's optimizer that saves an extra number."""
 
     told = 0
 
@@ -263,7 +263,7 @@ def test_checkpoint_from_before_build_after_training(tmp_path):
 
 
 def test_learning_rate_set_in_the_run_makes_no_other_child(tmp_path):
-    # In the file the first then looks like the second, and refused its own file.
+    # In the file the first then looks like the second, so it refused its own file.
     def make():
         keras.utils.clear_session(free_memory=False)
         # Without `name`, older versions of Keras call both of them `adam`.
@@ -381,7 +381,7 @@ def test_model_that_was_frozen_after_the_training_loads(tmp_path, change, kwargs
     states, expected = train(loaded, 0, 2), train(fresh, 0, 2)
     assert_same([s[0] for s in states], [s[0] for s in expected])
     if kwargs:
-        # The average goes on from the weights, not from zero.
+        # The average continues from the weights, not from zero.
         optimizer.finalize_variable_values(loaded.trainable_variables)
         for averaged, weight in zip(loaded.get_weights(), states[-1][0], strict=True):
             np.testing.assert_allclose(averaged, weight, atol=0.2)
@@ -685,7 +685,7 @@ KEPT = {
 @pytest.mark.parametrize("built", [True, False], ids=["built", "unbuilt"])
 @pytest.mark.parametrize("name", KEPT)
 def test_what_a_child_keeps_in_keras_is_saved_with_it(name, built):
-    # A resumed run went on with fresh values, and did not say so.
+    # A resumed run silently continued with fresh values.
     saved, loaded = (SequentialOptimizer([Keeping(KEPT[name]())], []) for _ in "ab")
     variables, store = [keras.Variable([1.0])], {}
     saved.build(variables)

@@ -1,4 +1,4 @@
-"""Children, schedules and functions of a user's own are saved as by plain Keras."""
+"""A user's own children, schedules and functions are saved as by plain Keras."""
 
 import copy
 
@@ -13,7 +13,7 @@ optimizers = keras.optimizers
 
 
 class _SignDescent(optimizers.Optimizer):
-    """A user's own optimizer, with an argument and a variable of its own."""
+    """A user's own optimizer, with an extra argument and an extra variable."""
 
     def __init__(self, learning_rate=0.01, decay=0.5, **kwargs):
         super().__init__(learning_rate=learning_rate, **kwargs)

@@ -38,7 +38,7 @@ def _fit(model, batches, epochs=1, initial_epoch=0, callbacks=()):
 
 def test_model_checkpoint_continues_as_if_never_saved(tmp_path):
     model = make_model(adam_sgd(), jit_compile=True)
-    # One batch an epoch, so each epoch's file is one update later.
+    # One batch per epoch, so each epoch's file is one update later.
     save = [
         keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras"),
         keras.callbacks.ModelCheckpoint(

@@ -8,7 +8,7 @@ from sequential_optimizer import LBFGS, SequentialOptimizer, SSBroyden
 
 UPDATES = 15
 ROWS = 16
-# Of weights of about 1, in float64: the sums of the gradients are in another order.
+# For weights of about 1, in float64: gradients are added up in another order.
 ATOL = 1e-9
 
 _RNG = np.random.default_rng(3)
@@ -32,7 +32,7 @@ MAKE = {
 
 
 def train(strategy, name, mode="graph"):
-    """Trains in a loop; returns for each variable its values, one a replica here."""
+    """Trains in a loop; returns for each variable its values, one per replica here."""
     with strategy.scope():
         weights = [keras.Variable(value, dtype="float64") for value in _WEIGHTS]
         optimizer = MAKE[name]()

@@ -1,4 +1,4 @@
-"""Runs the tests in `strategies/` under each strategy, in a process of its own."""
+"""Runs the tests in `strategies/` under each strategy, each in its own process."""
 
 import concurrent.futures
 import os

@@ -1,4 +1,4 @@
-"""A run that began with a plain optimizer goes on as phase 0, with its state."""
+"""A run that began with a plain optimizer continues as phase 0, with its state."""
 
 import keras
 import numpy as np
@@ -45,7 +45,7 @@ def _migrate(model):
 
 
 def _plain_states(model):
-    """What plain optimizers do: on with the first, then a new one by hand.
+    """What plain optimizers do: the first continues, then a new one follows by hand.
 
     Returns the weights and the variables of both optimizers after each update.
     """

@@ -41,7 +41,7 @@ INDICES = [0, 3, 3]  # of the rows in a sparse gradient: one row twice
 
 
 def make_overwritten(shapes=((3, 2), (2,))):
-    """Returns variables of which the last takes its gradient for its value."""
+    """Returns variables, the last of which takes its gradient as its new value."""
     variables = make_variables(shapes)
     variables[-1].overwrite_with_gradient = True
     return variables
@@ -163,9 +163,9 @@ def test_settings_with_one_child_equal_those_of_plain_adam(settings, mode):
     gradients = make_gradients(ours, UPDATES)
     optimizer = SequentialOptimizer([make_adam()], [], **settings)
     plain = make_adam(**settings)
-    # XLA makes of the condition at the end of a window, small as it is here, a
-    # `select` in plain Adam only (read in its optimized HLO), and then rounds a
-    # product that it otherwise adds in one operation: an ulp of the moments.
+    # XLA turns the condition at the end of a window, which is small here, into a
+    # `select`, but only in plain Adam (as its optimized HLO shows). It then rounds a
+    # product that it otherwise adds in one operation: one ulp of the moments.
     accumulates = "gradient_accumulation_steps" in settings
     atol = 2e-7 if mode == "xla" and accumulates else 0
     assert_same(
@@ -191,8 +191,8 @@ class Grid(keras.constraints.Constraint):
 
 @pytest.mark.parametrize("boundaries", [[3], [4]])
 def test_overwritten_weights_obey_their_constraint(boundaries, mode):
-    # The average of two points of a grid is mostly none: an overwrite that forgets
-    # the constraint shows at once. It is due after updates 2, 4 and 6.
+    # The average of two grid points is mostly not on the grid: an overwrite that
+    # forgets the constraint shows at once. It is due after updates 2, 4 and 6.
     def make():
         variables = make_variables(((3, 2),))
         variables[0].constraint = Grid()
@@ -374,7 +374,7 @@ def test_loss_scale_optimizer_finalizes_the_parents_average():
 
 
 def sparse_gradients(table, factor=1.0):
-    """Returns a function that makes of three rows a sparse gradient of `table`."""
+    """Returns a function that makes a sparse gradient of `table` from three rows."""
 
     def gradients(values):
         with tf.GradientTape() as tape:
@@ -391,7 +391,7 @@ def sparse_gradients(table, factor=1.0):
 
 
 def test_loss_scale_optimizer_treats_the_factor_as_plain():
-    # Keras 3.5 divides by both, a newer one takes the factor away.
+    # Keras 3.5 divides by both; newer versions remove the factor.
     factors, values = [], []
     for inner in (
         SGD(1.0, loss_scale_factor=2.0),
@@ -574,7 +574,7 @@ def test_childs_schedule_counts_windows(mode):
     np.testing.assert_allclose(moves, [0, 0, 0, 1, 1, 1.75, 1.75, 2.25], atol=1e-6)
 
 
-# Keras warns at each call without a gradient. Its children see one update a window.
+# Keras warns at each call without a gradient. Children see one update per window.
 @pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning")
 @pytest.mark.parametrize("missing", range(WINDOW))
 def test_missing_gradient_in_a_window_is_as_in_plain_adam(missing):

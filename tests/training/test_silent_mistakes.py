@@ -1,4 +1,4 @@
-"""What a user may do by mistake, or rightly expect to work, and how it shows."""
+"""What a user may do by mistake, or rightly expect to work, and what happens then."""
 
 import math
 
@@ -41,7 +41,7 @@ def test_boundaries_and_children_cannot_be_set():
 
 
 # Keras' trainer calls `apply_gradients`, and a sequence the child's `apply`, so the
-# override of this class was passed over.
+# override of this class was ignored.
 def test_child_with_apply_gradients_of_its_own_is_refused():
     class Halving(optimizers.SGD):
         def apply_gradients(self, grads_and_vars):
@@ -352,7 +352,7 @@ def test_sparse_gradients_of_a_variable_with_unknown_rows(mode):
 
 
 def test_sparse_gradients_of_plain_numbers():
-    # Keras' own tests make them so: the order of updates is told by tensors only.
+    # Keras' own tests pass such gradients: an update can wait for tensors only.
     variable = keras.Variable([1.0, 2.0])
     optimizer = SequentialOptimizer([keras.optimizers.SGD(1.0)], [])
     optimizer.apply([tf.IndexedSlices(np.ones(1, "float32"), (1,), (2,))], [variable])
@@ -420,7 +420,7 @@ def batches_of_unknown_number():
 
 
 def fit_on_unknown_size(optimizer, jit_compile, size=None):
-    """Returns all that training leaves behind; if the `size` is told, as well."""
+    """Returns all that training leaves behind; `size`, if any, is told to Keras."""
     keras.utils.set_random_seed(0)
     model = make_model(1)
     model.compile(optimizer, "mse", jit_compile=jit_compile)

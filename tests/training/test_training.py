@@ -174,7 +174,7 @@ def test_fit_traces_as_often_as_plain_adam(kwargs):
     assert model.train_steps == plain.train_steps
 
 
-# --- loops of one's own ------------------------------------------------------
+# --- custom loops ------------------------------------------------------------
 
 
 def make_step(model, optimizer):
@@ -259,7 +259,7 @@ def test_while_loop_over_the_boundary_equals_plain_optimizers(mode, built):
 
 
 def make_children(order):
-    """Returns for each letter of `order` an optimizer, for the same one the same."""
+    """Returns an optimizer for each letter of `order`, one for all equal letters."""
     kinds = {
         "a": lambda: Adam(0.05),
         "b": lambda: SGD(0.1, momentum=0.9),
@@ -273,7 +273,7 @@ def make_children(order):
 
 @pytest.fixture(params=["a", "ab", "abc", "abcde", "aba"])
 def phases(request):
-    """The children of the phases, a letter each."""
+    """The children of the phases, one letter each."""
     return request.param
 
 

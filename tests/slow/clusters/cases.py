@@ -29,7 +29,7 @@ WORKERS = 2
 AVERAGE = {"use_ema": True, "ema_momentum": 0.7}
 
 
-# --- optimizers, one a phase ---------------------------------------------------
+# --- optimizers, one per phase -------------------------------------------------
 
 
 def adam_sgd():
@@ -84,7 +84,7 @@ class Case:
     Args:
         plain: function that makes the optimizers of all phases.
         wrap: function from them to the sequence.
-        switches: the updates from which on the next of them is active.
+        switches: the updates from which the next optimizer is active.
         average: whether the sequence keeps a moving average.
         after: function of (optimizer, t, worker), called after update t.
         in_step: function of (optimizer, signal), called in the graph around the
@@ -315,7 +315,7 @@ class Training:
     def note_state(self, optimizer: Any) -> None:
         """Notes all variables of an optimizer under their paths."""
         for variable in optimizer.variables:
-            # Keras counts the names of what is created twice.
+            # Keras numbers the names of what is created twice.
             path = re.sub(r"_\d+(?=/|$)", "", variable.path)
             self.note(**{f"{optimizer.name}: {path}": variable})
 

@@ -1,7 +1,7 @@
 """What the processes of the parameter server cluster run.
 
 The coordinator compares nothing: it trains with the sequence and with the oracle of
-cluster_cases.py, and leaves arrays behind. Two workers share each variable and update
+cases.py, and leaves arrays behind. Two workers share each variable and update
 it without waiting for each other. Only where the coordinator waits for each update
 (`in_step`) is the outcome determined, and then it has to be that of the oracle.
 """
@@ -110,7 +110,7 @@ def run_asynchronously(coordinator: Coordinator) -> dict[str, np.ndarray]:
 
 
 def run_saved(coordinator: Coordinator, folder: Path) -> dict[str, np.ndarray]:
-    """Goes on from checkpoints, in new variables."""
+    """Continues from checkpoints, in new variables."""
 
     def checkpoint(training: Training, optimizer: Any) -> tf.train.Checkpoint:
         return tf.train.Checkpoint(optimizer=optimizer, **training.variables)

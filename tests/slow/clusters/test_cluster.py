@@ -1,4 +1,4 @@
-"""Clusters of several processes: bit by bit the plain optimizers, on every worker."""
+"""In clusters of processes, every worker equals plain optimizers bit for bit."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def arrays_of(results, name):
 
 
 def assert_equals_plain(results, name):
-    """Asserts that a sequence left the same behind as plain optimizers, in one trace.
+    """Asserts that a sequence left behind what plain optimizers did, in one trace.
 
     That is each weight and how many updates each optimizer has made, after every
     update, and all optimizer variables at the end.

@@ -36,7 +36,7 @@ HOLDERS = tuple(
 
 
 def other_child() -> Any:
-    """Returns a child whose updates nobody can miss."""
+    """Returns a child whose updates nobody can overlook."""
     return new(keras.optimizers.SGD, 1e3, name="not_at_work")
 
 

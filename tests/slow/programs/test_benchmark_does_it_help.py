@@ -1,4 +1,4 @@
-"""The question `does_it_help`: fair to all contenders, honest about its finds."""
+"""The question `does_it_help`: fair to all contenders, honest about its findings."""
 
 import dataclasses
 

@@ -129,7 +129,7 @@ def test_sequences_switch_when_they_should(result):
     assert set(at["Adam"]) == {None}
 
 
-# All seeds are other runs: points, weights, and a fresh optimizer.
+# Each seed is a run with its own points and weights, and a fresh optimizer.
 def test_runs_do_not_depend_on_those_before():
     cell = Cell("wave", pinn.SEQUENCES[1], "float64", 1e-2, (3, 4, 3), 400, 4, 1)
     training = Training(cell)
@@ -220,7 +220,7 @@ def test_flat_loss_counts_and_keeps_the_best():
     assert float(model.compute_residual_loss(points)) == pytest.approx(first)
 
 
-# TensorFlow Probability 0.25 warns of itself while it is imported.
+# TensorFlow Probability 0.25 triggers warnings while it is imported.
 @pytest.mark.filterwarnings("ignore:distutils Version classes:DeprecationWarning")
 @pytest.mark.parametrize("name", pinn.RIVALS)
 def test_rival_lowers_the_loss_within_its_budget(name):

@@ -56,7 +56,7 @@ def quick_runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_throughput, "make_tasks", lambda tiny: [small_task()])
         patch.setattr(step_throughput, "digits_task", small_task)
-        # A process takes seconds: let the plain one not run twice.
+        # A process takes seconds, so the plain one should not run twice.
         once = functools.cache(peak_memory.measure_in_process)
         patch.setattr(memory, "measure_in_process", once)
         for name in NAMES:

@@ -26,7 +26,7 @@ def load_model(path, saved):
 
 
 def resume_randomness(model, saved):
-    """Lets random layers go on where those of the saved model are."""
+    """Lets random layers continue where those of the saved model are."""
     pairs = zip(model.variables, saved.variables, strict=True)
     states = [pair for pair in pairs if "seed_generator" in pair[1].path]
     assert states
@@ -171,7 +171,7 @@ LENGTH = 8
 
 @functools.cache
 def reviews(count=320):
-    """Returns reviews, of which `not` and `never` turn the sense of the next word."""
+    """Returns reviews in which `not` and `never` reverse the sense of the next word."""
     rng = np.random.default_rng(0)
     words = WORDS.split()
     texts, labels = [], []
@@ -226,7 +226,7 @@ def test_text_transformer_resumes(transformer_run, tmp_path, stop):
     fit(model, reviews(), 0, stop)
     model.save(tmp_path / "model.keras")
     resumed = load_model(tmp_path / "model.keras", model)
-    # Not part of any optimizer's config, so to be said again, as for a plain AdamW.
+    # Not part of any optimizer's config, so it must be set again, as for plain AdamW.
     resumed.optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     assert fit(resumed, reviews(), stop, EPOCHS) == losses[stop:]
     assert_same(state_of(resumed, resumed.optimizer), state)
@@ -237,7 +237,7 @@ def test_text_transformer_resumes(transformer_run, tmp_path, stop):
 
 
 class GAN(keras.Model):
-    """Trains a generator against a discriminator, each with an optimizer of its own."""
+    """Trains a generator against a discriminator, each with its own optimizer."""
 
     def __init__(self):
         super().__init__()
@@ -345,7 +345,7 @@ def test_gan_with_two_sequences_resumes(gan_run, tmp_path, stop, way):
     assert_same(state_of_gan(resumed), gan_run)
 
 
-# --- a train_step of one's own -------------------------------------------------------
+# --- a custom train_step -------------------------------------------------------------
 
 
 @keras.saving.register_keras_serializable(package="tests")

@@ -1,4 +1,4 @@
-"""Runs that are killed end, bit by bit, where they would have ended.
+"""Killed runs, once resumed, end bit for bit where they would have ended.
 
 The benchmark `faults` does the same at random moments; benchmarks/README.md says what
 was found out.

@@ -119,7 +119,7 @@ def test_keras_tests_pass_or_are_known_not_to_apply(tests):
     failed = {n: t["error"] for n, t in tests.items() if t["outcome"] == "failed"}
     unknown = {n: error for n, error in failed.items() if not reasons_for(n)}
     assert unknown == {}
-    # Most must be left, or the replacement has become one that nobody can use.
+    # Most must still pass, or the replacement has become one that nobody can use.
     assert len(failed) < len(tests) / 2
 
 

@@ -22,7 +22,7 @@ from tests.helpers.saving import (
     make_model,
 )
 
-# Runs in a process of its own, without this repository on its path.
+# Runs in a separate process, without this repository on its path.
 SCRIPT = """
 import json, sys
 
@@ -96,7 +96,7 @@ RUNS = {
 
 
 def _save_runs(folder):
-    """Trains without a stop; returns the states and the saved models to go on with."""
+    """Trains without a stop; returns the states, and saved models to continue from."""
     x, y = make_data()
     states, jobs = {}, []
     for run, (name, jit_compile, saved_after) in RUNS.items():

@@ -13,7 +13,7 @@ from tests.helpers.oracle import assert_same
 from tests.helpers.saving import make_data, make_model, state_of
 
 BATCHES = 12
-# Who waits for a thread that never comes should fail, not hang.
+# A test that waits for a thread that never comes should fail, not hang.
 PATIENCE = 120
 
 

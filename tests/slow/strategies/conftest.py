@@ -1,4 +1,4 @@
-"""One `tf.distribute` strategy a process; `tests/slow/test_strategies.py` starts them.
+"""One `tf.distribute` strategy per process; tests/slow/test_strategies.py starts them.
 
 Logical devices must be configured before TensorFlow starts, and two MirroredStrategies
 of different size abort in one process. So an environment variable names the strategy,
@@ -32,8 +32,8 @@ NAME = os.environ.get(VARIABLE)
 AGGREGATES = tuple(int(part) for part in keras.__version__.split(".")[:2]) > (3, 5)
 
 
-# What four replicas have and two have not are longer sums of gradients and more threads
-# that meet. The rest is the same, and would take twice the time.
+# All that four replicas add to two is longer sums of gradients and more threads that
+# meet. The rest is the same, and would take twice the time.
 ON_FOUR = (
     "test_loop_equals_plain_optimizers_on_every_replica[graph-settings]",
     "test_loop_equals_plain_optimizers_on_every_replica[eager-settings]",
@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _configure(name):
-    """Makes one CPU a replica, and the strategy on them."""
+    """Makes one CPU device per replica, and the strategy on them."""
     replicas, make_strategy = STRATEGIES[name]
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0],

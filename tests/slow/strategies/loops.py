@@ -1,7 +1,7 @@
 """The oracle under a strategy: what tests/helpers/oracle.py does, on every replica.
 
-The replicas get different gradients. What is compared are the values of a variable on
-each of them, bit by bit.
+The replicas get different gradients. The values of a variable on each of them are
+compared, bit for bit.
 """
 
 import itertools
@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tests.slow.strategies.conftest import AGGREGATES, NAME, STRATEGIES
 
-# The values that a variable has: one a replica where each has its own copy.
+# The values that a variable has: one per replica where each has its own copy.
 COPIES = STRATEGIES[NAME][0] if NAME.startswith("mirrored") else 1
 
 UPDATES = 6
@@ -65,7 +65,7 @@ def gradients_of(update):
 
 
 def values_of(strategy, variables):
-    """Returns for each variable the list of its values, one a replica."""
+    """Returns for each variable the list of its values, one per replica."""
     return [
         [
             np.array(part.numpy())
@@ -76,7 +76,7 @@ def values_of(strategy, variables):
 
 
 def counts_of(strategy, optimizers):
-    """Returns for each replica the numbers of updates that it counts for each one."""
+    """Returns for each replica how many updates it counts for each optimizer."""
     counts = values_of(strategy, [optimizer._iterations for optimizer in optimizers])
     return [[int(count) for count in replica] for replica in zip(*counts, strict=True)]
 
@@ -95,7 +95,7 @@ class Loop:
 
     def __init__(self, strategy, optimizer, variables, mode):
         self.mode = mode
-        self.replica_calls = 0  # in Python, so once a replica and trace in a graph
+        self.replica_calls = 0  # in Python, so in a graph once per replica and trace
 
         @tf.autograph.experimental.do_not_convert
         def replica(update):
@@ -144,7 +144,7 @@ class PlainLoops:
 
 
 def run_plain(strategy, optimizers, boundaries, mode):
-    """Trains with one optimizer a phase; returns the values of the variables."""
+    """Trains with one optimizer per phase; returns the values of the variables."""
     loops = PlainLoops(strategy, mode)
     phases = itertools.pairwise([0, *boundaries, UPDATES])
     for optimizer, (first, last) in zip(optimizers, phases, strict=True):

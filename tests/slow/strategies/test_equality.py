@@ -1,4 +1,4 @@
-"""Every way of training under a strategy equals the plain optimizers, bit by bit."""
+"""Every way of training under a strategy equals the plain optimizers, bit for bit."""
 
 import functools
 
@@ -70,7 +70,7 @@ def make_four_phases():
 
 def nest(children):
     """Returns a sequence in a sequence, which does the four phases with boundaries
-    2, 3 and 5: the inner one comes back, and goes on with its second child.
+    2, 3 and 5: the inner one comes back, and continues with its second child.
     """
     inner = SequentialOptimizer(children[:2], [2], name="inner")
     return SequentialOptimizer([inner, children[2], inner], [3, 5])
@@ -104,7 +104,7 @@ def by_hand(strategy, case, mode):
     return values, [values_of(strategy, one.variables) for one in plain]
 
 
-# --- loops of one's own ------------------------------------------------------
+# --- custom loops ------------------------------------------------------------
 
 
 def check_loop(strategy, case, mode, built=True):
@@ -168,7 +168,7 @@ def blend(momentum, averages, values):
 
 @functools.cache
 def average_by_hand(strategy, mode):
-    """Returns the values of the variables, which their averages overwrite, and those.
+    """Returns the variables' values, overwritten by their averages, and the averages.
 
     As in Keras, the average starts with the weights after the first update.
     """
@@ -238,8 +238,8 @@ def make_model(strategy):
         ]
         if HAS_BATCH_NORMALIZATION:
             # Without `gamma`: on one device TensorFlow rewrites its gradient together
-            # with a plain update, and rounds otherwise. It does so without a strategy,
-            # and does not if its "arithmetic_optimization" is turned off (measured).
+            # with a plain update, and rounds differently; also without a strategy, but
+            # not if its "arithmetic_optimization" is turned off (measured).
             layers.insert(3, keras.layers.BatchNormalization(scale=False))
         return Counting(layers)
 
@@ -268,7 +268,7 @@ def state_of(strategy, model, children):
 
 @functools.cache
 def fit_plain(strategy):
-    """Fits with one plain optimizer a phase; returns the state and the calls."""
+    """Fits with one plain optimizer per phase; returns the state and the calls."""
     model = make_model(strategy)
     with strategy.scope():
         adam, sgd = make_for_fit()

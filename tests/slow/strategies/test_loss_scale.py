@@ -66,7 +66,7 @@ def own_variables(optimizer):
 
 
 def run_by_hand(strategy):
-    """Returns the values after every call, of one wrapped plain optimizer a phase.
+    """Returns the values after every call, with one wrapped plain optimizer per phase.
 
     The second is made when the first has made its updates, and takes over the scale.
     """

@@ -63,7 +63,7 @@ def test_fit_with_an_optimizer_from_outside_is_refused(strategy):
         model.fit(np.ones((8, 1)), np.ones((8, 1)), batch_size=4, verbose=0)
 
 
-# Keras trains so with a plain optimizer: on one device there is nothing to mirror.
+# Keras trains a plain optimizer this way: on one device there is nothing to mirror.
 @pytest.mark.skipif(NAME != "one-device", reason="has copies")
 def test_optimizer_from_outside_of_one_device_trains(strategy):
     def fit(make_optimizer):

@@ -1,4 +1,4 @@
-"""A run that is saved goes on under the strategy, on one device, and back.
+"""A run that is saved continues under the strategy, on one device, and back.
 
 The gradients are such that their sum over replicas is exact, and one device gets that
 sum: so the run must end with the same bits wherever its parts were trained.

@@ -202,7 +202,7 @@ def test_callbacks_switch_and_log_as_without_a_strategy(strategy, capsys):
     logs, optimizer = fit_with_callbacks(strategy, jit_compile=False)
     assert logs == expected
     assert capsys.readouterr().out == lines
-    # Two updates an epoch: the boundary is 1, the plateau ends after three epochs.
+    # Two updates per epoch: the boundary is 1, the plateau ends after three epochs.
     assert_counts(strategy, optimizer, [1, 5, 2])
 
 

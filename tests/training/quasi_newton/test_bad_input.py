@@ -31,7 +31,7 @@ def test_settings_that_would_mislead_the_search(make, name, value):
         ValueError, match=rf"`{name}` must not be set.*Received: {name}"
     ):
         make(**{name: value})
-    # Nor later, which the base class would heed.
+    # Nor later: the base class would obey a setting that is changed then.
     optimizer = make()
     setattr(optimizer, name, value)
     with pytest.raises(ValueError, match=f"`{name}` must not be set"):
@@ -94,7 +94,7 @@ def test_matrix_that_cannot_fit():
 @pytest.mark.parametrize("gradient", [tf.ones(()), tf.ones((2, 1)), tf.ones(3)])
 @pytest.mark.parametrize("steps", [None, 2])
 def test_gradients_of_another_shape(make, gradient, steps):
-    # Which most of the arithmetic would spread over the variable.
+    # Most of the arithmetic would broadcast these to the variable.
     variable = keras.Variable([1.0, 2.0], name="kernel")
     optimizer = make(gradient_accumulation_steps=steps)
     with pytest.raises(ValueError, match=r"for `kernel` of shape \(2,\)"):

@@ -70,7 +70,7 @@ def test_fit_does_what_a_loop_does(make, way):
     model.fit(data, epochs=1, verbose=0, shuffle=False)
     assert_same(model.get_weights(), by_hand.get_weights(), ATOL)
     assert int(model.optimizer.iterations) == 12
-    # However a mode rounds, it knows the weights for those that it has set.
+    # However a mode rounds, the search recognizes the weights that it has set.
     assert pairs_of(model.optimizer) == pairs_of(optimizer) >= 10
 
 

@@ -81,7 +81,7 @@ def test_third_point_solves_an_isotropic_quadratic(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_solves_a_quadratic_of_n_in_a_few_times_n_steps(method):
-    # n steps would take an exact line search. Gradient descent takes 10,000.
+    # n steps would be enough with an exact line search. Gradient descent takes 10,000.
     curvatures = np.logspace(0, 3, 10)
     calls, _ = gradients_needed(
         METHODS[method](learning_rate=1.0),
@@ -96,8 +96,8 @@ def test_solves_a_quadratic_of_n_in_a_few_times_n_steps(method):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_needs_about_as_many_gradients_as_scipy(method):
-    # SciPy's line search evaluates the model until it likes a step. Here a point that
-    # is rejected is an evaluation as well.
+    # SciPy's line search evaluates the model until it accepts a step. Here a rejected
+    # point counts as an evaluation as well.
     ratios = {
         name: gradients_for(name, method) / scipy_gradients(name) for name in PROBLEMS
     }
@@ -106,7 +106,7 @@ def test_needs_about_as_many_gradients_as_scipy(method):
 
 @functools.cache
 def scipy_gradients(name):
-    """Returns after how many gradients the better of SciPy's two methods is there."""
+    """Returns how many gradients the better of SciPy's two methods needs."""
     optimize = pytest.importorskip("scipy.optimize")
     problem = PROBLEMS[name]
 
@@ -160,9 +160,9 @@ def test_logistic_regression_finds_what_scikit_learn_finds(method):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_matrix_stays_symmetric_and_usable_for_100000_steps(seed):
-    # In float32, at a loss that is all rounding for most of the time. That makes H
-    # indefinite along directions that no step takes; once it shows along a change or a
-    # gradient H is forgotten, so that every direction goes downhill.
+    # In float32, with a loss that is only rounding error most of the time. That makes H
+    # indefinite along directions that no step takes; once this shows along a change or
+    # a gradient, H is forgotten, so that every direction goes downhill.
     rng = np.random.default_rng(seed)
     x = rng.uniform(-1, 1, size=(64, 1)).astype("float32")
     y = np.sin(6 * x)

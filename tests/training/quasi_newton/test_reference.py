@@ -14,8 +14,8 @@ METHODS = {
     "LBFGS": (lambda **kw: LBFGS(history_size=5, **kw), lambda: LBFGSMemory(5)),
     "SSBroyden": (SSBroyden, SSBroydenMemory),
 }
-# Of the weights, which are about 1. Rounding in float64 is 1e-16; H hands it on from
-# step to step, times its condition, which here is up to 1e7.
+# Of the weights, which are about 1. Rounding in float64 is 1e-16; H passes it on from
+# step to step, times the condition number of H, which here is up to 1e7.
 ATOL = 1e-7
 TOLERANCE = 1e-4
 START = np.tile([-1.2, 1.0], 3)
@@ -45,7 +45,7 @@ def trajectory(memory, calls, learning_rate, spoil=None):
 class Follower:
     """An optimizer that is handed the gradients of the reference's points.
 
-    Not of its own, so that differences in rounding do not grow from point to point.
+    Not those of its points, so that rounding errors do not grow from point to point.
     """
 
     def __init__(self, method, mode):
@@ -95,7 +95,7 @@ def tiny(gradient):
     return TOLERANCE / 1000 * gradient
 
 
-# Arguments of `trajectory`, and the events that it must have, or nothing is shown.
+# Arguments of `trajectory`, and the events that must occur, or a case shows nothing.
 TRAJECTORIES = {
     "short steps": ((30, 2**-6), {"starts", "accepts"}),
     "long steps": ((60, 0.25), {"accepts", "overshot"}),
@@ -113,7 +113,7 @@ TRAJECTORIES = {
         (25, 2**-6, at({7, 15}, lambda gradient: 3 * gradient)),
         {"skips the pair"},
     ),
-    # And goes on when there is something to do again.
+    # And continues when there is something to do again.
     "converges": ((25, 0.25, at(range(10, 15), tiny)), {"converged"}),
 }
 

@@ -1,4 +1,4 @@
-"""A search that is saved goes on from there, bit by bit."""
+"""A search that is saved continues from there, bit for bit."""
 
 import functools
 
@@ -19,10 +19,10 @@ MAKE = {
         [keras.optimizers.SGD(0.05), LBFGS(learning_rate=0.25, history_size=4)], [2]
     ),
 }
-# What they share is most of it, so two will do most of the time.
+# They share most of what they do, so two will do most of the time.
 SOME = ["LBFGS", "child", pytest.param("SSBroyden", marks=pytest.mark.slow)]
 CALLS = 18
-# The calls after which so many points in a row are rejected, as not finite.
+# For each number of points rejected in a row, as not finite: when to save.
 SAVED_AFTER = {0: 8, 1: 11, 2: 12}
 
 
@@ -47,7 +47,7 @@ def make_data():
 
 
 def value_of(name, optimizer):
-    """Returns a number of the state of the search, also of one that is a child."""
+    """Returns a number in the state of the search, which may be a child."""
     optimizers = [optimizer, *getattr(optimizer, "children", ())]
     return next(int(v) for o in optimizers for v in o.variables if v.name == name)
 
@@ -81,7 +81,7 @@ def test_fit_ends_at_the_last_accepted_point(name):
     model.optimizer.finalize_variable_values(model.trainable_variables)
     final = state_of(model)[0]
     assert any((a != b).any() for a, b in zip(weights, final, strict=True))
-    # Twice is as once, and what it has learned is kept.
+    # A second time changes nothing, and what the search has learned is kept.
     model.optimizer.finalize_variable_values(model.trainable_variables)
     assert_same(state_of(model)[0], final)
     assert [v.shape for v in optimizer_state] == [v.shape for v in state_of(model)[1]]
