@@ -262,7 +262,7 @@ def show(settings: Settings, picture: Path | None) -> None:
         folder = Path(name)
         history = train_and_save(training, digits, settings, folder)
         expected = training.state()
-        say("\nboth files, loaded and trained to the end, compared bit by bit:")
+        say("\nboth files, loaded and trained to the end, compared bit for bit:")
         for kind, load in ((".keras", load_keras), ("SavedModel", load_saved_model)):
             check_resumed(kind, load(folder), digits.batch, updates, expected)
         check_graph(training.train_step, digits.batch(0))

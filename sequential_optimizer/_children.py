@@ -45,8 +45,8 @@ def get_children(
     for child, following in itertools.pairwise(of_phase):
         if child is following:
             warnings.warn(
-                "At a boundary between the same instance in `optimizers` nothing "
-                f"changes. Received: `{child.name}` twice in a row. Pass another "
+                "A boundary between two phases of one instance in `optimizers` changes "
+                f"nothing. Received: `{child.name}` twice in a row. Pass another "
                 "instance to start afresh, or leave out the boundary.",
                 stacklevel=3,
             )

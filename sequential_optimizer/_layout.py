@@ -266,8 +266,9 @@ def check_by_position(saved: Layout, now: Layout) -> None:
     if not (is_whole and _is_same_order(saved, now)):
         raise ValueError(
             "A checkpoint must be of the same variables, trained in the same order, "
-            f"because TensorFlow tells them apart by it. Received: {_listed(saved)}, "
-            f"now {_listed(now)}. Restore into a new optimizer for the model as it was."
+            "because TensorFlow tells them apart by that order. Received: "
+            f"{_listed(saved)}, now {_listed(now)}. Restore into a new optimizer for "
+            "the model as it was."
         )
 
 

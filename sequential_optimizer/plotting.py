@@ -108,8 +108,8 @@ def _check_columns(columns: Mapping[str, Any], needed: Sequence[str]) -> None:
         if len(columns[column]) != epochs:
             raise ValueError(
                 "`history` must have a value of each column for each epoch. Received: "
-                f"{epochs} epochs and {len(columns[column])} of `{column}`. Train "
-                "with `validation_freq=1`, or leave the column out."
+                f"{epochs} epochs and {len(columns[column])} values of `{column}`. "
+                "Train with `validation_freq=1`, or leave the column out."
             )
 
 

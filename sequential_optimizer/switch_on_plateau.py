@@ -168,7 +168,7 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         seen, phase = self._read(), int(self._sequence.phase)
         if seen.next_epoch > epoch:
             raise ValueError(
-                "Each `SwitchOnPlateau` must watch a metric of its own. Received: two "
+                "Each `SwitchOnPlateau` must watch a different metric. Received: two "
                 f'with monitor="{self.monitor}". Leave one of them out.'
             )
         if phase != seen.phase:

@@ -1,4 +1,4 @@
-"""Does a run that was killed end, bit by bit, where it would have ended?
+"""Does a run that was killed end, bit for bit, where it would have ended?
 
     python -m benchmarks faults                        # about 3 minutes on two cores
     python -m benchmarks faults --quick                # within a minute
@@ -221,9 +221,9 @@ def tables(result: dict[str, Any]) -> list[report.Table]:
     rows.append(row_of("all", result["kills"]))
     header = ("killed", "kills", "survived", *(f"{p} a switch" for p in PLACES))
     caption = (
-        "A kill is survived if the resumed run ends, bit by bit, where one that nobody "
-        "killed does. Repeated: the updates that had to be made again, median and "
-        "most. "
+        "A kill is survived if the resumed run ends, bit for bit, where one that "
+        "nobody killed does. Repeated: the updates that had to be made again, median "
+        "and most. "
         f"Seed {result['settings']['seed']}."
     )
     header = (*header, "broken files refused", "updates repeated")
@@ -249,7 +249,7 @@ def headline(result: dict[str, Any]) -> str:
     kills = result["kills"]
     survived = sum(one["survived"] for one in kills)
     return (
-        f"{survived} of {len(kills)} killed runs, started again, ended bit by bit "
+        f"{survived} of {len(kills)} killed runs, started again, ended bit for bit "
         "where a run that nobody killed ended."
     )
 

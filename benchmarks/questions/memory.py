@@ -192,7 +192,7 @@ def caption(result: dict[str, Any]) -> str:
     return (
         f"The first of [{', '.join(names)}] on an MLP of {megabytes:.3g} MB. "
         "Variables: the bytes of the optimizer's, exactly. Peak: the most that a "
-        "process of its own had in memory while it made steps, median (quartiles) of "
+        "separate process had in memory while it made steps, median (quartiles) of "
         f"{rounds} processes. Needed: the peak of the plain child's process, plus the "
         "variables of the other children. The last column is for the phase where it is "
         "largest, in multiples of the weights' bytes. Noise, plain Adam's peak over "

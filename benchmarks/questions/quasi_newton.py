@@ -321,7 +321,7 @@ def missed(case: dict[str, Any]) -> list[str]:
     most = {"update_over_copy": BOUND_GOAL}
     most |= {"in_sequence_over_alone": SAME_GOAL, "idle_over_idle_adam": SAME_GOAL}
     above = [
-        f"ABOVE {goal} in {COLUMNS[key]}"
+        f"ABOVE {goal}: {COLUMNS[key]}"
         for key, goal in most.items()
         if key in case and case[key]["median"] > goal
     ]

@@ -173,7 +173,7 @@ def caption(cells: list[dict[str, Any]]) -> str:
         f"Goal: median of all cells at most {TYPICAL_GOAL}: {typical:.3f}, "
         f"{verdict(typical, TYPICAL_GOAL)}; no cell above {WORST_GOAL}: {worst:.3f}, "
         f"{verdict(worst, WORST_GOAL)}. Before the timing, the weights after both "
-        "phases were compared with those of the plain optimizers: the same bit by bit "
+        "phases were compared with those of the plain optimizers: the same bit for bit "
         f"in {same} of {len(cells)} cells, within rounding in the others."
     )
 

@@ -357,7 +357,7 @@ def test_no_epochs():
 
 
 def test_validation_that_did_not_run_in_each_epoch():
-    with refuses("`history`", "4 epochs and 2 of `val_loss`"):
+    with refuses("`history`", "4 epochs and 2 values of `val_loss`"):
         plot_history(fit(adam_then_sgd(4), validation_freq=2))
 
 

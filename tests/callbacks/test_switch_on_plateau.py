@@ -362,7 +362,7 @@ def test_two_callbacks_for_one_metric_are_an_error():
     callbacks = [SwitchOnPlateau("loss", patience=2), SwitchOnPlateau("loss")]
     stage = Stage(make_sgds((None,)), callbacks)
     stage.begin_epoch()
-    with pytest.raises(ValueError, match=r'a metric of its own.*monitor="loss"'):
+    with pytest.raises(ValueError, match=r'a different metric.*monitor="loss"'):
         stage.end_epoch(loss=1.0)
 
 

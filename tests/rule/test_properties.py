@@ -23,7 +23,7 @@ from tests.helpers.saving import build, make_model
 from tests.helpers.saving_ways import WAYS
 
 # The warning is meant for people; here a child may well follow itself.
-pytestmark = pytest.mark.filterwarnings("ignore:At a boundary between the same")
+pytestmark = pytest.mark.filterwarnings("ignore:A boundary between two phases of one")
 
 # Two of the same class, which a file tells apart by their order only.
 KINDS = {

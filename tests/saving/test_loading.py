@@ -428,7 +428,7 @@ def test_checkpoint_of_other_variables_is_refused(tmp_path):
     train(frozen, 0, 1)
     before = state_of(frozen)
     checkpoint = tf.train.Checkpoint(model=frozen)
-    with pytest.raises(ValueError, match="TensorFlow tells them apart by it"):
+    with pytest.raises(ValueError, match="TensorFlow tells them apart by that order"):
         checkpoint.read(checkpoint_in(tmp_path))
     assert_same(state_of(frozen), before)
 

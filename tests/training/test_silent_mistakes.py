@@ -95,7 +95,7 @@ def test_unknown_variables_are_named_by_their_paths():
 
 def test_same_instance_twice_in_a_row_warns():
     adam, sgd = adam_then_sgd()
-    with pytest.warns(UserWarning, match=r"nothing changes\. Received: `sgd` twice"):
+    with pytest.warns(UserWarning, match=r"changes nothing\. Received: `sgd` twice"):
         SequentialOptimizer([adam, sgd, sgd], [1, 2])
     SequentialOptimizer([adam, sgd, adam], [1, 2])
 

@@ -219,8 +219,7 @@ def test_learning_rate_callbacks_limit_the_steps(make):
 
     schedule = keras.callbacks.LearningRateScheduler(lambda epoch: 2.0**-6 / 2**epoch)
     model.fit(x, y, batch_size=16, epochs=4, verbose=0, callbacks=[schedule, Measure()])
-    # Far from the optimum the first steps are as long as they may be, save the first
-    # of all, whose direction has a length of its own.
+    # Far from the optimum the first steps are as long as they may be.
     np.testing.assert_allclose(
         lengths[:3], [2**-6, 2**-7, 2**-8], rtol=1e-3, err_msg=str(lengths)
     )
