@@ -400,9 +400,9 @@ def table_of_contenders(result: dict[str, Any]) -> report.Table:
         f"over {settings['tuning_seeds']} other seeds. A star marks a rate at the "
         "edge of the grid. So a sequence was tuned over more combinations, but "
         "neither when it switches nor the momentum (0.9) was tuned. The plateau switch "
-        "looks at the validation data while it trains. The rule of thumb: SGD's rate is "
-        "(1 - momentum) |Adam's last step| / |its first moment|. Last column: updates "
-        "with each optimizer, the mean."
+        "looks at the validation data while it trains. The rule of thumb: SGD's rate "
+        "is (1 - momentum) |Adam's last step| / |its first moment|. Last column: "
+        "updates with each optimizer, the mean."
     )
     header = ("task: metric", "contender", "learning rates", "mean", "updates")
     return report.Table(caption, header, rows)
