@@ -36,5 +36,6 @@ QUESTIONS = (
     "gpu",
     "does_it_help",
     "pinn",
+    "deepxde",
     "faults",
 )

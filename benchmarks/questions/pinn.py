@@ -30,12 +30,12 @@ from matplotlib.figure import Figure
 
 from benchmarks.harness import processes, report
 from benchmarks.harness.drawing import COLORS
+from benchmarks.harness.runs import FAILED, Group, error_of, quantile
 from benchmarks.harness.terminal import Progress, say
 from benchmarks.workloads.pinn_runs import EPOCH, Cell, Contender, run_cell
 
 ADAM, COSINE = "Adam", "Adam, cosine decay"
 SHARES = (0.1, 0.25, 0.5, 0.0)
-FAILED = 0.05  # an error above this is no solution
 # SciPy's BFGS multiplies dense matrices in each step.
 SLOW = "SciPy BFGS"
 RIVALS = {
@@ -206,22 +206,9 @@ def tuned_rate(rows: list[dict[str, Any]], problem: str, contender: Contender) -
     return min(errors, key=lambda rate: quantile(errors[rate], 0.5))
 
 
-def quantile(errors: list[float], share: float) -> float:
-    """Returns an error that was measured: the upper of the two in the middle.
-
-    So the median is infinite if half of the runs diverged.
-    """
-    return float(np.quantile(errors, share, method="higher"))
-
-
 def is_tuning(row: dict[str, Any]) -> bool:
     """Returns whether a run was for tuning."""
     return row["seed"] >= FIRST_TUNING_SEED
-
-
-def error_of(row: dict[str, Any]) -> float:
-    """Returns the error of a run, infinite if it diverged."""
-    return np.inf if row["error"] is None else row["error"]
 
 
 def run_all(
@@ -279,39 +266,6 @@ HEADER = (
     "seconds",
     "float32: error",
 )
-
-
-@dataclass(frozen=True)
-class Group:
-    """The runs of a contender on a problem, seed by seed."""
-
-    rows: list[dict[str, Any]]
-
-    @property
-    def errors(self) -> list[float]:
-        """The error of each run."""
-        return [error_of(row) for row in self.rows]
-
-    @property
-    def median(self) -> float:
-        """The median of the errors."""
-        return quantile(self.errors, 0.5)
-
-    @property
-    def failed(self) -> str:
-        """How many found no solution, of how many."""
-        return f"{sum(e > FAILED for e in self.errors)} of {len(self.errors)}"
-
-    @property
-    def text(self) -> str:
-        """The median of the errors with its quartiles."""
-        low, high = (quantile(self.errors, share) for share in (0.25, 0.75))
-        return f"{self.median:.1e} ({low:.1e} to {high:.1e})"
-
-    def median_of(self, key: str) -> float:
-        """Returns the median of what else a row says."""
-        values = [np.inf if row[key] is None else row[key] for row in self.rows]
-        return quantile(values, 0.5)
 
 
 def groups_of(

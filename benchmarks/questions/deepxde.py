@@ -1,0 +1,140 @@
+"""What does a quasi-Newton phase gain in DeepXDE?
+
+    python -m benchmarks deepxde            # half an hour on two cores
+    python -m benchmarks deepxde --quick    # within two minutes, too short to compare
+
+DeepXDE's own example of Burgers' equation with its TensorFlow backend, in float64
+(workloads/deepxde_runs.py). Its documentation trains with Adam, and then again after
+`model.compile("L-BFGS")`. Beside that stands a single
+`model.compile(SequentialOptimizer([Adam, SSBroyden], ...))`, from the same weights, on
+the same points, with as many gradients.
+
+Without DeepXDE this says so and measures nothing (`pip install -e '.[bench]'`).
+"""
+
+import importlib.util
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.harness import processes, report
+from benchmarks.harness.drawing import COLORS, new_figure
+from benchmarks.harness.runs import Group
+from benchmarks.harness.terminal import Progress, say
+from benchmarks.workloads.deepxde_runs import ADAM, DOCUMENTED, OURS, run_seed
+
+CONTENDERS = (ADAM, DOCUMENTED, *(f"{ADAM}, then {name}" for name in OURS))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long it takes.
+
+    Args:
+        adam: iterations of Adam before the second phase.
+        iterations: the most that DeepXDE's L-BFGS makes.
+        seeds: runs of each contender.
+        seconds: after which a run is given up.
+    """
+
+    adam: int = 5000
+    iterations: int = 5000
+    seeds: int = 3
+    seconds: int = 3600
+
+
+FULL = Settings()
+QUICK = Settings(adam=20, iterations=10, seeds=1, seconds=300)
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Returns a row for each contender and seed, and none without DeepXDE."""
+    if not importlib.util.find_spec("deepxde"):
+        reason = "deepxde is not installed"
+        say(f"not measured: {reason}")
+        return {"reason": reason, "runs": []}
+    runs = []
+    progress = Progress(settings.seeds * len(CONTENDERS), "DeepXDE")
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(settings.seeds):
+            process = processes.Process(
+                run_seed,
+                (seed, settings.adam, settings.iterations),
+                Path(folder) / f"{seed}.log",
+                environ={"DDE_BACKEND": "tensorflow"},
+                limit=settings.seconds,
+            )
+            with processes.running([process]):
+                for row in process.reports():
+                    runs.append(row)
+                    progress.step(row["contender"])
+                process.check()
+    return {"reason": "", "runs": runs}
+
+
+# --- what is shown -------------------------------------------------------------
+
+
+def groups_of(result: dict[str, Any]) -> dict[str, Group]:
+    """Returns the runs of each contender."""
+    return {
+        name: Group([row for row in result["runs"] if row["contender"] == name])
+        for name in CONTENDERS
+    }
+
+
+def tables(result: dict[str, Any]) -> list[report.Table]:
+    """Returns a row for each contender."""
+    if not result["runs"]:
+        return []
+    rows = [
+        (
+            name,
+            group.text,
+            group.failed,
+            f"{group.median_of('loss'):.1e}",
+            f"{group.median_of('evaluations'):.0f}",
+        )
+        for name, group in groups_of(result).items()
+    ]
+    settings = result["settings"]
+    caption = (
+        "Burgers' equation as in DeepXDE's documentation, with 921 weights in float64: "
+        f"relative L2 error on a grid of 100 x 100 points, over {settings['seeds']} "
+        f"seeds. Adam (1e-3) makes the first {settings['adam']} iterations; then "
+        f"DeepXDE's L-BFGS makes at most {settings['iterations']}, and the others get "
+        "as many gradients as it asked for. Loss and gradients are medians."
+    )
+    header = ("contender", "error: median (quartiles)", "failed", "loss", "gradients")
+    return [report.Table(caption, header, rows)]
+
+
+def headline(result: dict[str, Any]) -> str:
+    """Answers the question in one sentence."""
+    if not result["runs"]:
+        return f"Not measured: {result['reason']}."
+    groups = groups_of(result)
+    last = groups[CONTENDERS[-1]]
+    return (
+        "With as many gradients, the median error of DeepXDE's Burgers example is "
+        f"{groups[ADAM].median:.1e} with Adam, {groups[DOCUMENTED].median:.1e} with "
+        f"its documented second phase, and {last.median:.1e} with {OURS[-1]} instead."
+    )
+
+
+def draw(result: dict[str, Any]) -> Figure:
+    """Returns the errors, a dot for each run."""
+    figure, axes = new_figure(7, 2.2)
+    groups = groups_of(result)
+    for i, group in enumerate(groups.values()):
+        axes.plot(group.errors, [i] * len(group.errors), "o", color=COLORS[i])
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    if result["runs"]:
+        axes.set_xscale("log")
+    axes.set_xlabel("relative error of the solution")
+    axes.grid(axis="x", linewidth=0.3)
+    return figure
