@@ -306,13 +306,17 @@ class QuasiNewton(keras.optimizers.Optimizer):
             _largest_step(direction, tf.cast(learning_rate, dtype)),
             _shorter_step(search, found),
         )
+        pairs = tf.where(is_usable | is_converged | ~turns, pair.count, 0)
+        # Always true. It tells XLA that nothing reads the old gradient after this, so
+        # that the branches of a switch that leave it alone need no copy of it.
+        is_last = pairs >= 0
         after = _Search(
             point=tf.where(verdict.accepts | verdict.stays, trial, search.point),
-            gradient=gradient,
+            gradient=tf.where(verdict.accepts & is_last, found, search.gradient),
             direction=direction,
             step=tf.where(verdict.stays | is_converged, tf.zeros_like(step), step),
             rejected=tf.where(rejects, search.rejected + 1, 0),
-            pairs=tf.where(is_usable | is_converged | ~turns, pair.count, 0),
+            pairs=pairs,
         )
         for slot, value in zip(slots, after, strict=True):
             slot.assign(value)

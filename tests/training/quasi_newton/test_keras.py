@@ -71,7 +71,7 @@ def test_fit_does_what_a_loop_does(make, way):
     assert_same(model.get_weights(), by_hand.get_weights(), ATOL)
     assert int(model.optimizer.iterations) == 12
     # However a mode rounds, the search recognizes the weights that it has set.
-    assert pairs_of(model.optimizer) == pairs_of(optimizer) >= 10
+    assert pairs_of(model.optimizer) == pairs_of(optimizer) >= 8
 
 
 def test_many_steps_in_one_loop_of_a_graph(make):
@@ -158,7 +158,8 @@ def test_child_does_what_it_does_alone(make, place, way):
 def test_switch_is_one_conditional_and_copies_no_matrix(make):
     # To set one row of S, as a ring buffer would, XLA copies S twice in a branch.
     weights = make_variables([(61,)])
-    memory = ["f32[50,61]"] if make is LBFGS else ["f32[61,61]"]
+    # A vector that is read after it was written is copied where it is not written, too.
+    kept = ["f32[50,61]", "f32[61]"] if make is LBFGS else ["f32[61,61]"]
     optimizer = SequentialOptimizer([sgd("sgd"), make()], [2])
     optimizer.build(weights)
 
@@ -170,7 +171,7 @@ def test_switch_is_one_conditional_and_copies_no_matrix(make):
     hlo = step.experimental_get_compiler_ir()(stage="optimized_hlo")
     assert hlo.count(" conditional(") == 1
     copies = [line for line in hlo.splitlines() if " copy(" in line]
-    assert not [line for line in copies if any(shape in line for shape in memory)]
+    assert not [line for line in copies if any(shape in line for shape in kept)]
 
 
 def test_works_deep_inside_of_other_optimizers(make):
