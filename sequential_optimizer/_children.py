@@ -3,11 +3,11 @@
 import copy
 import itertools
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import keras
+from keras.optimizers import Optimizer
 
 from sequential_optimizer._keras import key_of, trained_variables
 
@@ -21,9 +21,7 @@ CHILD_SETTINGS = {
 }
 
 
-def get_children(
-    optimizers: Any,
-) -> tuple[list[keras.optimizers.Optimizer], tuple[int, ...]]:
+def get_children(optimizers: Any) -> tuple[list[Optimizer], tuple[int, ...]]:
     """Returns each child once, and the index of each phase's child.
 
     Args:
@@ -32,10 +30,7 @@ def get_children(
     Raises:
         ValueError: if an entry cannot be the child of a SequentialOptimizer.
     """
-    is_list = isinstance(optimizers, Sequence) and not isinstance(
-        optimizers, str | bytes
-    )
-    if not is_list or not optimizers:
+    if not isinstance(optimizers, list | tuple) or not optimizers:
         raise ValueError(
             "`optimizers` must be a list of at least one optimizer. "
             f"Received: optimizers={optimizers!r}. Pass the optimizers in the order of "
@@ -56,13 +51,12 @@ def get_children(
     return children, tuple(indices[id(child)] for child in of_phase)
 
 
-def _get_child(identifier: Any) -> keras.optimizers.Optimizer:
+def _get_child(identifier: Any) -> Optimizer:
     child = cause = None
+    # `get` edits a config in place.
+    own = copy.deepcopy(identifier) if isinstance(identifier, dict) else identifier
     try:
-        # `get` edits a config in place.
-        child = keras.optimizers.get(
-            copy.deepcopy(identifier) if isinstance(identifier, dict) else identifier
-        )
+        child = keras.optimizers.get(own)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         cause = error
     if child is None:
@@ -80,7 +74,7 @@ def _get_child(identifier: Any) -> keras.optimizers.Optimizer:
             "`LossScaleOptimizer(SequentialOptimizer(...))`, with the "
             "`inner_optimizer` of this child in its place."
         )
-    if type(child).apply_gradients is not keras.optimizers.Optimizer.apply_gradients:
+    if type(child).apply_gradients is not Optimizer.apply_gradients:
         raise ValueError(
             "A child in `optimizers` may not override `apply_gradients`, because a "
             "SequentialOptimizer calls its `apply`. Received: "
@@ -91,7 +85,7 @@ def _get_child(identifier: Any) -> keras.optimizers.Optimizer:
     return child
 
 
-def check_loss_scale(children: Iterable[keras.optimizers.Optimizer]) -> None:
+def check_loss_scale(children: Iterable[Optimizer]) -> None:
     """Raises ValueError if a child would divide the gradients a second time."""
     for child in children:
         if child.loss_scale_factor is not None:
@@ -103,9 +97,7 @@ def check_loss_scale(children: Iterable[keras.optimizers.Optimizer]) -> None:
             )
 
 
-def from_config(
-    config: Any, custom_objects: dict[str, Any] | None
-) -> list[keras.optimizers.Optimizer]:
+def from_config(config: Any, custom_objects: dict[str, Any] | None) -> list[Optimizer]:
     """Creates the optimizer of each phase.
 
     Args:
@@ -115,47 +107,36 @@ def from_config(
     Raises:
         ValueError: if there is no child, or no child for a phase.
     """
-    children = config.get("optimizers") if isinstance(config, dict) else None
-    if not isinstance(children, list | tuple) or not children:
-        raise ValueError(
-            "`config` must be a dict whose `optimizers` is a list with the config of "
-            f"each child. Received: {config!r:.200}. Pass what `get_config` returned."
-        )
-    indices = list(range(len(children)))
-    child_of_phase = config.get("child_of_phase", indices)
+    children: Any = config.get("optimizers") if isinstance(config, dict) else None
+    indices = list(range(len(children))) if isinstance(children, list | tuple) else []
+    child_of_phase = config.get("child_of_phase", indices) if indices else None
     if (
         not isinstance(child_of_phase, list | tuple)
         or not all(type(i) is int for i in child_of_phase)
         or set(child_of_phase) != set(indices)
     ):
         raise ValueError(
-            "`child_of_phase` in a config must list, for each phase, the index of one "
-            f"of the {len(children)} children, and leave none out. Received: "
-            f"{child_of_phase!r:.200}. Pass what `get_config` returned."
+            "`config` must be a dict whose `optimizers` is a list with the config of "
+            "each child. `child_of_phase` in a config must list, for each phase, the "
+            f"index of one of them, and leave none out. Received: {config!r:.200}. "
+            "Pass what `get_config` returned."
         )
-    created = [
-        # Keras edits nested configs in place.
-        keras.saving.deserialize_keras_object(
-            copy.deepcopy(child), custom_objects=custom_objects
-        )
-        for child in children
-    ]
+    load = keras.saving.deserialize_keras_object
+    # Keras edits nested configs in place.
+    created = [load(child, custom_objects) for child in copy.deepcopy(children)]
     return [created[i] for i in child_of_phase]
 
 
-def in_words(child: keras.optimizers.Optimizer) -> str:
+def in_words(child: Optimizer) -> str:
     """Returns a child as its parent's `repr` shows it."""
-    if hasattr(child, "children"):
-        return repr(child)
-    return f"{type(child).__name__}(name={child.name!r})"
+    short = f"{type(child).__name__}(name={child.name!r})"
+    return repr(child) if hasattr(child, "children") else short
 
 
-def check_names_differ(
-    name: str, children: Iterable[keras.optimizers.Optimizer]
-) -> None:
+def check_names_differ(name: str, children: Iterable[Optimizer]) -> None:
     """Raises if two children share a name, or if one has `name`, their parent's."""
-    names = Counter([name, *(child.name for child in children)])
-    repeated = sorted(name for name, count in names.items() if count > 1)
+    names = [name, *(child.name for child in children)]
+    repeated = sorted({one for one in names if names.count(one) > 1})
     if repeated:
         raise ValueError(
             "A SequentialOptimizer and its children must have different names, "
@@ -184,9 +165,7 @@ def check_settings(settings: dict[str, Any]) -> None:
             )
 
 
-def check_built_on(
-    variables: Sequence[Any], children: Iterable[keras.optimizers.Optimizer]
-) -> None:
+def check_built_on(variables: list[Any], children: Iterable[Optimizer]) -> None:
     """Raises if a child that is already built was built on other variables.
 
     Args:

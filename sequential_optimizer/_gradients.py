@@ -17,32 +17,26 @@ from sequential_optimizer import _keras
 
 def check_gradients(grads: Sequence[Any], variables: Sequence[Any]) -> None:
     """Raises ValueError without one entry per variable, or without any gradient."""
-    if len(grads) != len(variables):
+    missing = sum(gradient is None for gradient in grads)
+    if len(grads) != len(variables) or missing == len(grads):
         raise ValueError(
-            "`grads` must have one entry for each variable. "
-            f"Received: {len(grads)} gradients for {len(variables)} variables. "
-            "Pass `None` for a variable without a gradient."
-        )
-    if all(gradient is None for gradient in grads):
-        raise ValueError(
-            "`grads` must hold a gradient for at least one variable. "
-            f"Received: {len(grads)} times `None`. Check that the loss depends on "
-            "the variables and is computed inside the `tf.GradientTape`."
+            "`grads` must have one entry for each variable of `trainable_variables`, "
+            "which must be passed while the optimizer is not built, and a gradient for "
+            f"at least one. Received: {len(grads)} gradients, {missing} times `None`, "
+            f"for {len(variables)} variables. Pass `None` for a variable without a "
+            "gradient, and check that the loss depends on the variables and is "
+            "computed inside the `tf.GradientTape`."
         )
 
 
 def check_variables(variables: Sequence[Any], optimizer: Any) -> None:
     """Raises ValueError unless an optimizer was built on the variables."""
-    unknown = [
-        _keras.path_of(variable)
-        for variable in variables
-        if not _keras.is_trained(optimizer, variable)
-    ]
+    unknown = [v for v in variables if not _keras.is_trained(optimizer, v)]
     if unknown:
         raise ValueError(
             "`trainable_variables` must be among those that the optimizer was built "
-            f"on. Received: {unknown}. Create a new optimizer for a model with other "
-            "variables."
+            f"on. Received: {[_keras.path_of(v) for v in unknown]}. Create a new "
+            "optimizer for a model with other variables."
         )
 
 
@@ -58,10 +52,8 @@ def computed_first(grads: Sequence[Any]) -> contextlib.AbstractContextManager[No
 def divide(grads: Sequence[Any], divisor: float, variables: Sequence[Any]) -> list[Any]:
     """Divides every gradient by `divisor`."""
     return [
-        gradient
-        if gradient is None or _is_new_value(variable)
-        else keras.ops.divide(gradient, divisor)
-        for gradient, variable in zip(grads, variables, strict=True)
+        g if g is None or _is_new_value(v) else keras.ops.divide(g, divisor)
+        for g, v in zip(grads, variables, strict=True)
     ]
 
 
@@ -71,14 +63,8 @@ def add_to(
     """Returns the accumulators' new values, `None` where there is no gradient."""
     grads = brought_inside(grads, variables)
     return [
-        None
-        if gradient is None
-        else tf.maximum(gradient, accumulator)
-        if _is_new_value(variable)
-        else tf.add(gradient, accumulator)
-        for gradient, variable, accumulator in zip(
-            grads, variables, accumulators, strict=True
-        )
+        g if g is None else (tf.maximum if _is_new_value(v) else tf.add)(g, sum_)
+        for g, v, sum_ in zip(grads, variables, accumulators, strict=True)
     ]
 
 

@@ -18,30 +18,19 @@ import numpy as np
 import tensorflow as tf
 from keras.src.backend.common import global_state
 
-_OLDEST_KERAS = (3, 5)
-
 
 def check_keras() -> None:
     """Raises ImportError unless `tf.keras` is a Keras 3 this package works with."""
-    if os.environ.get("TF_USE_LEGACY_KERAS") in ("1", "True", "true"):
-        raise ImportError(
-            "`sequential_optimizer` needs Keras 3, but TF_USE_LEGACY_KERAS makes "
-            "`tf.keras` Keras 2. Received: "
-            f"TF_USE_LEGACY_KERAS={os.environ['TF_USE_LEGACY_KERAS']}. "
-            "Unset the environment variable before you import TensorFlow."
-        )
     version = tuple(int(part) for part in keras.__version__.split(".")[:2])
-    if version < _OLDEST_KERAS:
+    backend, legacy = keras.config.backend(), os.environ.get("TF_USE_LEGACY_KERAS")
+    is_keras_2 = legacy in ("1", "True", "true")
+    if is_keras_2 or version < (3, 5) or backend != "tensorflow":
         raise ImportError(
-            "`sequential_optimizer` needs Keras >= 3.5. "
-            f"Received: Keras {keras.__version__}. "
-            "Upgrade with `pip install 'keras>=3.5'`."
-        )
-    if keras.config.backend() != "tensorflow":
-        raise ImportError(
-            "`sequential_optimizer` needs the TensorFlow backend of Keras. "
-            f"Received: the backend {keras.config.backend()!r}. "
-            "Set KERAS_BACKEND=tensorflow before you import Keras."
+            "`sequential_optimizer` needs Keras >= 3.5 with the TensorFlow backend. "
+            f"Received: Keras {keras.__version__}, the backend {backend!r} and "
+            f"TF_USE_LEGACY_KERAS={legacy}. Upgrade with `pip install 'keras>=3.5'`. "
+            "Unset the environment variable before you import TensorFlow, and set "
+            "KERAS_BACKEND=tensorflow before you import Keras."
         )
 
 
@@ -80,18 +69,12 @@ def is_trained(optimizer: Any, variable: Any) -> bool:
 
 def accumulator_of(optimizer: Any, variable: Any) -> keras.Variable:
     """Where the gradients of a variable are added up."""
-    index = optimizer._get_variable_index(variable)
-    return optimizer._accumulated_gradients[index]
+    return optimizer._accumulated_gradients[optimizer._get_variable_index(variable)]
 
 
 def accumulators(optimizer: Any) -> list[keras.Variable]:
     """The accumulators of all variables."""
     return list(optimizer._accumulated_gradients)
-
-
-def moving_averages(optimizer: Any) -> list[keras.Variable | None]:
-    """The average of each trained variable; empty without `use_ema`."""
-    return list(getattr(optimizer, "_model_variables_moving_average", ()))
 
 
 def update_averages(optimizer: Any) -> None:
@@ -198,10 +181,8 @@ def repeat_constants(graph: Any) -> None:
 
 def _is_small_constant(tensor: Any, graph: Any) -> bool:
     """Whether a tensor is a small constant from outside `graph`."""
-    if (
-        not tensor.dtype.is_numpy_compatible
-        or (tensor.shape.num_elements() or 0) > _SMALL
-    ):
+    is_small = (tensor.shape.num_elements() or 0) <= _SMALL
+    if not is_small or not tensor.dtype.is_numpy_compatible:
         return False
     if not tf.is_symbolic_tensor(tensor):
         return True

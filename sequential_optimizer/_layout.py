@@ -27,17 +27,11 @@ import numpy as np
 VERSION = 1
 
 # `[x]` is a list of any length, `(x, y)` a list of two, `{str: x}` has any keys.
+# Only a sequence has phases: the child and the start of each.
+_ENTRY = {"class": str, "name": str | None, "settings": dict, "phases": [(int, int)]}
 FORM: Any = {
     "version": int,
-    # By prefix. Only a sequence has phases: the child and the start of each.
-    "optimizers": {
-        str: {
-            "class": str,
-            "name": str | None,
-            "settings": dict,
-            "phases": [(int, int)],
-        }
-    },
+    "optimizers": {str: _ENTRY},  # by prefix
     # By key: the prefix of the array's optimizer; the trained variable that the array
     # is for and the role, or "" if the array's name does not tell; its shape.
     "arrays": {str: (str, str, [int])},
@@ -61,16 +55,20 @@ def parse(text: bytes) -> Layout:
         for key, content in layout["bytes"].items():
             decoded = base64.b64decode(content, validate=True)
             layout["bytes"][key] = np.frombuffer(decoded, np.uint8)
-        if layout["version"] == VERSION and _has_all_children(layout):
-            return layout
-        cause = None
-    except Exception as error:  # noqa: BLE001
-        cause = error  # A text that is not a layout may raise anything.
-    raise ValueError(
-        "The saved layout of a `SequentialOptimizer` must be one that this version of "
-        f"sequential_optimizer writes (version {VERSION}). Received: {text[:200]!r}. "
-        "Load it with the version that saved it, or check that the file is intact."
-    ) from cause
+        optimizers = layout["optimizers"]
+        for prefix, one in optimizers.items():
+            needed = {f"{prefix}children/{i}/": _ENTRY for i, _ in one["phases"]}
+            _check_form(optimizers, needed)
+        if layout["version"] != VERSION or not optimizers[""]["phases"]:
+            raise ValueError("another version, or no sequence")
+    except Exception as error:  # A text that is not a layout may raise anything.
+        raise ValueError(
+            "The saved layout of a `SequentialOptimizer` must be one that this version "
+            f"of sequential_optimizer writes (version {VERSION}). Received: "
+            f"{text[:200]!r}. Load it with the version that saved it, or check that "
+            "the file is intact."
+        ) from error
+    return layout
 
 
 def _check_form(value: Any, form: Any) -> None:
@@ -85,15 +83,6 @@ def _check_form(value: Any, form: Any) -> None:
             _check_form(one, its_form)
     elif form is int:
         np.int64(value)  # Raises if it does not fit.
-
-
-def _has_all_children(layout: Layout) -> bool:
-    optimizers = layout["optimizers"]
-    return optimizers[""]["phases"] != [] and all(
-        f"{prefix}children/{child}/" in optimizers
-        for prefix, one in optimizers.items()
-        for child, _ in one["phases"]
-    )
 
 
 # --- the rule ----------------------------------------------------------------
@@ -127,16 +116,12 @@ def _difference(prefix: str, saved: Layout, now: Layout) -> str | None:
         return "name"
     if before["settings"] == current["settings"]:
         return None
-    if current["phases"]:
-        return "settings"  # The state of a sequence depends on them.
-    # A child's may be edited, unless this could be another child of the same class.
+    # The state of a sequence depends on them. A child's may be edited, unless this
+    # could be another child of the same class.
     old, new = (_settings_of_all(one, current["class"]) for one in (saved, now))
-    is_edited = both_named or (
-        len(old) == len(new)
-        and before["settings"] not in new
-        and current["settings"] not in old
-    )
-    return None if is_edited else "settings"
+    has_moved = before["settings"] in new or current["settings"] in old
+    is_unclear = not both_named and (has_moved or len(old) != len(new))
+    return "settings" if current["phases"] or is_unclear else None
 
 
 def _settings_of_all(layout: Layout, of_class: str) -> list[Any]:
@@ -145,13 +130,10 @@ def _settings_of_all(layout: Layout, of_class: str) -> list[Any]:
 
 
 def _described(layout: Layout) -> str:
-    names, phases = [], []
-    for prefix, one in layout["optimizers"].items():
-        if prefix:
-            names.append(one["class"].rpartition(">")[2])
-        if one["phases"]:
-            phases.append(str([child for child, _ in one["phases"]]))
-    return f"children {names} in phases {', '.join(phases)}"
+    optimizers = layout["optimizers"]
+    names = [one["class"].rpartition(">")[2] for key, one in optimizers.items() if key]
+    phases = [[child for child, _ in one["phases"]] for one in optimizers.values()]
+    return f"children {names} in phases {', '.join(map(str, filter(None, phases)))}"
 
 
 def keys_for(saved: Layout, now: Layout) -> dict[str, str] | None:
@@ -205,20 +187,17 @@ def _names_tell(saved: Layout, now: Layout) -> bool:
 
 
 def _is_same_order(saved: Layout, now: Layout) -> bool:
-    before, current = _plain(saved), _plain(now)
-    return not before or not current or _are_alike(before, current)
-
-
-def _are_alike(before: list[Any], current: list[Any]) -> bool:
     """Whether shapes and paths are the same, up to models that layers are nested in.
 
     A path may begin with the names of these models; Keras drops them when it loads one.
     """
+    before, current = _plain(saved), _plain(now)
     same_shapes = [shape for _, shape in before] == [shape for _, shape in current]
-    return same_shapes and all(
+    is_same = same_shapes and all(
         f"/{path}".endswith(f"/{other}") or f"/{other}".endswith(f"/{path}")
         for (path, _), (other, _) in zip(before, current, strict=True)
     )
+    return is_same or not before or not current
 
 
 def _plain(layout: Layout) -> list[Any]:
@@ -246,10 +225,9 @@ def _are_same_weights(saved: Layout, now: Layout) -> bool:
 
 
 def _listed(layout: Layout) -> str:
-    trained = layout["trained"]
-    if not trained:
-        return "none, saved before the optimizer was built"
-    return f"{len(trained)} variables {[row[0] for row in trained[:3]]}"
+    paths = [path for path, _, _ in layout["trained"]]
+    some = f"{len(paths)} variables {paths[:3]}"
+    return some if paths else "none, saved before the optimizer was built"
 
 
 def _without(keys: Collection[str], saved: Layout, now: Layout) -> set[str]:

@@ -4,14 +4,13 @@ Pure functions of (boundaries, ended phases, iterations), without an optimizer, 
 the rule can be read and tested alone.
 """
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
-
-_LARGEST_ITERATION = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -42,32 +41,21 @@ class Phases:
         """
         if isinstance(boundaries, np.ndarray):
             boundaries = boundaries.tolist()
-        if not isinstance(boundaries, Sequence) or isinstance(boundaries, str | bytes):
+        if (
+            not isinstance(boundaries, list | tuple)
+            or len(boundaries) != len(child_of_phase) - 1
+            or not all(map(_may_follow, boundaries, [0, *boundaries]))
+        ):
             raise ValueError(
-                "`boundaries` must be a list of integers and `None`. "
-                f"Received: boundaries={boundaries!r}. "
-                "For a single boundary, pass `boundaries=[10_000]`."
+                "`boundaries` must be a list of integers and `None`, with one entry "
+                "fewer than `optimizers`. Each entry must be an integer or `None`; the "
+                "integers must be >= 1, fit int64, be strictly increasing, and may not "
+                f"follow a `None`. Received: boundaries={boundaries!r} for "
+                f"{len(child_of_phase)} optimizers. Count updates (steps) from the "
+                "start of training, as in `boundaries=[10_000]`."
             )
-        if len(boundaries) != len(child_of_phase) - 1:
-            raise ValueError(
-                "`boundaries` must have one entry fewer than `optimizers`. Received: "
-                f"{len(boundaries)} boundaries ({list(boundaries)!r}) for "
-                f"{len(child_of_phase)} optimizers. Pass one boundary for each change "
-                "of phase."
-            )
-        parsed: list[int | None] = []
-        for entry in boundaries:
-            if not _may_follow(entry, parsed[-1] if parsed else 0):
-                raise ValueError(
-                    "Each entry of `boundaries` must be an integer or `None`. The "
-                    "integers must be >= 1, fit int64, be strictly increasing, and "
-                    "may not follow a `None`. Received: "
-                    f"boundaries={list(boundaries)!r}, where {entry!r} "
-                    f"(`{type(entry).__name__}`) breaks the rule. Count updates "
-                    "(steps) from the start of training, not from that of a phase."
-                )
-            parsed.append(None if entry is None else int(entry))
-        return cls(tuple(parsed), child_of_phase)
+        parsed = tuple(b if b is None else int(b) for b in boundaries)
+        return cls(parsed, child_of_phase)
 
     @property
     def last(self) -> int:
@@ -85,13 +73,9 @@ class Phases:
         Returns:
             A scalar int32 tensor, 0 <= phase <= `last`.
         """
-        integers = [b for b in self.boundaries if b is not None]
-        reached = tf.reduce_sum(
-            tf.cast(
-                tf.cast(iterations, tf.int64) >= tf.constant(integers, tf.int64),
-                tf.int64,
-            )
-        )
+        integers = tf.constant([b for b in self.boundaries if b is not None], tf.int64)
+        is_reached = tf.cast(iterations, tf.int64) >= integers
+        reached = tf.reduce_sum(tf.cast(is_reached, tf.int64))
         phase = tf.maximum(reached, tf.cast(min_phase, tf.int64))
         return tf.cast(tf.minimum(phase, self.last), tf.int32)
 
@@ -105,8 +89,7 @@ class Phases:
         """Returns the phase that `advance(to=phase)` names, or raises ValueError."""
         if phase is None:
             return None
-        is_index = isinstance(phase, int | np.integer) and not isinstance(phase, bool)
-        if not is_index or not 0 <= phase <= self.last:
+        if not _is_integer(phase) or not 0 <= phase <= self.last:
             raise ValueError(
                 f"`to` must be the index of a phase, an integer from 0 to {self.last}. "
                 f"Received: to={phase!r}. Pass `None` for the phase after this one."
@@ -128,8 +111,7 @@ class Phases:
         return tf.where(index > phase, tf.constant(-1, tf.int64), starts)
 
 
-@dataclass(frozen=True)
-class Switch:
+class Switch(NamedTuple):
     """A change of phase: the first `iteration` updates were made before it."""
 
     iteration: int
@@ -142,9 +124,7 @@ def last_started(starts: Iterable[int]) -> int:
     return max((phase for phase, start in enumerate(starts) if start >= 0), default=-1)
 
 
-def switches_between(
-    before: Iterable[int], now: Iterable[int], iterations_before: int
-) -> list[Switch]:
+def switches_between(before: Any, now: Any, iterations_before: int) -> list[Switch]:
     """Returns the switches between two looks at `phase_starts`, in order.
 
     Args:
@@ -156,20 +136,16 @@ def switches_between(
     if 0 <= end < last:
         # A resumed run whose boundaries were raised.
         return [Switch(iterations_before, last, end)]
-    switches = []
-    for phase, start in enumerate(now):
-        if start < 0 or phase <= last:
-            continue
-        if last >= 0:
-            switches.append(Switch(int(start), last, phase))
-        last = phase
-    return switches
+    phases = [last, *(k for k, start in enumerate(now) if k > last and start >= 0)]
+    pairs = itertools.pairwise(phases)
+    return [Switch(int(now[k]), before, k) for before, k in pairs if before >= 0]
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _may_follow(entry: Any, previous: int | None) -> bool:
-    if entry is None:
-        return True
-    is_integer = isinstance(entry, int | np.integer) and not isinstance(entry, bool)
-    return (
-        is_integer and previous is not None and previous < entry <= _LARGEST_ITERATION
-    )
+    if not _is_integer(entry) or previous is None:
+        return entry is None
+    return previous < int(entry) <= np.iinfo(np.int64).max

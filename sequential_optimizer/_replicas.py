@@ -6,10 +6,12 @@ one switch is made for all of them, and inside the branch they run separately ag
 Keras' `LossScaleOptimizer` does the same.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
+
+from sequential_optimizer import _keras
 
 
 def check_accumulation(steps: int | None) -> None:
@@ -26,24 +28,23 @@ def check_accumulation(steps: int | None) -> None:
         )
 
 
-def check_strategy(name: str, variables: Iterable[Any]) -> None:
-    """Raises ValueError unless the variables were created under this strategy.
+def check_strategy(optimizers: Sequence[Any]) -> None:
+    """Raises ValueError unless optimizers were created under this strategy.
 
     Args:
-        name: the name of the optimizer, for the error.
-        variables: Keras variables of the optimizer.
+        optimizers: optimizers, of which the first is named in the error.
     """
     strategy = tf.distribute.get_strategy()
     # One device has no copies to keep equal: Keras trains any variable there.
     if isinstance(strategy, tf.distribute.OneDeviceStrategy):
         return
-    extended = strategy.extended
-    if not all(extended.variable_created_in_scope(v.value) for v in variables):
+    counts = [_keras.call_count(one).value for one in optimizers]
+    if not all(map(strategy.extended.variable_created_in_scope, counts)):
         raise ValueError(
             "A `SequentialOptimizer` and its children must be created and built under "
-            f"the strategy that they run in. Received: `{name}`, created elsewhere, "
-            f"{_strategy_in_words()}. Create the model and all optimizers, and build "
-            "them, inside of `with strategy.scope():`."
+            f"the strategy that they run in. Received: `{optimizers[0].name}`, created "
+            f"elsewhere, {_strategy_in_words()}. Create the model and all optimizers, "
+            "and build them, inside of `with strategy.scope():`."
         )
 
 
@@ -78,14 +79,9 @@ def once_across_replicas(function: Callable[..., None], *args: Any) -> None:
     """
     context = tf.distribute.get_replica_context()
     if not tf.distribute.has_strategy() or context is None:
-        function(*args)
-        return
-
-    def call(strategy: tf.distribute.Strategy, *args: Any) -> None:
-        function(*args)
-
+        return function(*args)
     try:
-        context.merge_call(call, args=args)
+        context.merge_call(lambda _, *args: function(*args), args=args)
     except RuntimeError as error:
         if "merge_call" not in str(error):
             raise
@@ -102,8 +98,7 @@ def once_across_replicas(function: Callable[..., None], *args: Any) -> None:
 def for_each_replica(function: Callable[..., None], *args: Any) -> None:
     """Calls `function` in each replica; for functions that run once across replicas."""
     if not tf.distribute.has_strategy():
-        function(*args)
-        return
+        return function(*args)
     tf.distribute.get_strategy().extended.call_for_each_replica(function, args=args)
 
 
@@ -117,16 +112,13 @@ def largest_of_workers(value: tf.Tensor, limit: int) -> tf.Tensor:
         value: scalar integer tensor, 0 <= value <= limit.
         limit: int.
     """
-    passed = tf.distribute.get_replica_context().all_reduce(
-        # `ReduceOp` has no maximum.
-        tf.distribute.ReduceOp.SUM,
-        tf.one_hot(value, limit + 1),
-    )
+    # `ReduceOp` has no maximum.
+    context, add = tf.distribute.get_replica_context(), tf.distribute.ReduceOp.SUM
+    passed = context.all_reduce(add, tf.one_hot(value, limit + 1))
     return tf.reduce_max(tf.where(passed > 0, tf.range(limit + 1), 0))
 
 
 def has_several_workers() -> bool:
     """Whether other programs take part in every update."""
-    return isinstance(
-        tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy
-    )
+    strategy = tf.distribute.get_strategy()
+    return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)

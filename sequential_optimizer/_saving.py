@@ -31,15 +31,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from sequential_optimizer import _keras
-from sequential_optimizer._layout import (
-    VERSION,
-    Layout,
-    check_by_position,
-    keys_for,
-    parse,
-    warn_of_changes,
-)
+from sequential_optimizer import _keras, _layout
+from sequential_optimizer._layout import VERSION, Layout
 
 _MAX_LAYOUT = 2**25  # bytes; 100,000 variables take less
 
@@ -69,19 +62,16 @@ def _is_sequence(optimizer: Any) -> bool:
     return hasattr(optimizer, STATE)
 
 
-def _tree(
-    optimizer: Any, settings: dict[str, Any] | None = None
-) -> Iterator[tuple[str, Any, Any]]:
+def _tree(optimizer: Any, settings: Any = None) -> Iterator[tuple[str, Any, Any]]:
     """Yields an optimizer and, if it is a sequence, all its children.
 
     Each comes with the prefix of its keys and the settings that it was created with.
     """
     yield "", optimizer, settings
-    if _is_sequence(optimizer):
-        settings_of_children = getattr(optimizer, STATE).settings
-        for i, child in enumerate(optimizer.children):
-            for prefix, one, its_settings in _tree(child, settings_of_children[i]):
-                yield f"children/{i}/{prefix}", one, its_settings
+    state: Any = getattr(optimizer, STATE, None)
+    for i, child in enumerate(optimizer.children if state else ()):
+        for prefix, one, its_settings in _tree(child, state.settings[i]):
+            yield f"children/{i}/{prefix}", one, its_settings
 
 
 def parts(optimizer: Any, seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
@@ -98,32 +88,32 @@ def parts(optimizer: Any, seen: set[int] | None = None) -> Iterator[tuple[str, A
 
 def _parts_of(optimizer: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
     """Yields the parts of one optimizer: not its children's, nor any seen before."""
-    seen.update(map(id, optimizer.variables))
-    seen.update(map(id, _keras.trained_variables(optimizer)))
+    seen.update(map(id, [*optimizer.variables, *_keras.trained_variables(optimizer)]))
     own = _keras.own_variables(optimizer)
     yield "", _Own(own) if _is_sequence(optimizer) else optimizer
+    for prefix, inner in held_by(optimizer):
+        if isinstance(inner, keras.optimizers.Optimizer):
+            # Skips what is saved already, and the sequence that has this child.
+            if seen.isdisjoint(map(id, inner.variables)):
+                yield from ((prefix + key, part) for key, part in parts(inner, seen))
+        elif isinstance(inner, keras.layers.Layer | keras.metrics.Metric):
+            unseen = [v for v in inner.variables if id(v) not in seen]
+            seen.update(map(id, unseen))
+            if unseen:
+                yield prefix, _Own(unseen)
+
+
+def held_by(optimizer: Any) -> Iterator[tuple[str, Any]]:
+    """Yields what attributes hold, alone or in a list or dict, with the prefix of keys.
+
+    But for what TensorFlow keeps on every object.
+    """
     for name, value in sorted(vars(optimizer).items()):
-        if name.startswith("_self_"):
-            continue  # What TensorFlow keeps on every object.
-        for i, inner in enumerate(items(value)):
-            prefix = f"{name}/{i}/"
-            if isinstance(inner, keras.optimizers.Optimizer):
-                # Skips what is saved already, and the sequence that has this child.
-                if seen.isdisjoint(map(id, inner.variables)):
-                    for key, part in parts(inner, seen):
-                        yield prefix + key, part
-            elif isinstance(inner, keras.layers.Layer | keras.metrics.Metric):
-                unseen = [v for v in inner.variables if id(v) not in seen]
-                seen.update(map(id, unseen))
-                if unseen:
-                    yield prefix, _Own(unseen)
-
-
-def items(value: Any) -> list[Any]:
-    """Returns the items of an attribute: of a list or dict, or the value alone."""
-    if isinstance(value, dict):
-        return list(value.values())
-    return list(value) if isinstance(value, list | tuple) else [value]
+        items = value.values() if isinstance(value, dict) else value
+        is_alone = not isinstance(value, dict | list | tuple)
+        if not name.startswith("_self_"):
+            for i, item in enumerate([value] if is_alone else items):
+                yield f"{name}/{i}/", item
 
 
 def _variables_of(part: Any) -> dict[str, Any]:
@@ -162,11 +152,9 @@ def _class_of(optimizer: Any) -> str:
 
 def _name_of(optimizer: Any) -> str | None:
     """Returns the name, or `None` if Keras may have made it up (`adam_1`)."""
-    name, class_name = (
-        re.sub(r"_|\d+$", "", text).lower()
-        for text in (optimizer.name, type(optimizer).__name__)
-    )
-    return None if name == class_name else optimizer.name
+    names = optimizer.name, type(optimizer).__name__
+    plain = {re.sub(r"_|\d+$", "", name).lower() for name in names}
+    return optimizer.name if len(plain) > 1 else None
 
 
 def _settings_of(optimizer: Any) -> dict[str, Any]:
@@ -180,17 +168,12 @@ def _settings_of(optimizer: Any) -> dict[str, Any]:
     try:
         # Keras warns about a `lambda`, but this config is never loaded.
         with warnings.catch_warnings(action="ignore"):
-            config = json.dumps(
-                optimizer.get_config(), default=lambda v: type(v).__name__
-            )
+            config = optimizer.get_config()
+            text = json.dumps(config, default=lambda v: type(v).__name__)
     except Exception:  # noqa: BLE001
         # A user's class without a config can still be trained and saved.
         return {}
-    return json.loads(config, object_hook=_without_name)
-
-
-def _without_name(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != "name"}
+    return json.loads(text, object_hook=lambda c: {k: c[k] for k in c if k != "name"})
 
 
 def _trained_by(optimizer: Any) -> list[list[str]]:
@@ -205,13 +188,9 @@ def _trained_by(optimizer: Any) -> list[list[str]]:
     counted = [[_counted(part) for part in path.split("/")] for path in paths]
     while len({path[0] for path in counted}) == 1 and min(map(len, counted)) > 2:
         counted = [path[1:] for path in counted]
-    lowest: dict[str, int] = {}
-    for name, number in itertools.chain(*counted):
-        lowest[name] = min(number, lowest.get(name, number))
-    plain = [
-        "/".join(f"{name}_{number - lowest[name]}" for name, number in path)
-        for path in counted
-    ]
+    # In a dict the last entry of a name counts.
+    lowest = dict(sorted(itertools.chain(*counted), reverse=True))
+    plain = ["/".join(f"{a}_{n - lowest[a]}" for a, n in path) for path in counted]
     shapes = [str(variable.shape) for variable in variables]  # may have no rank
     return [list(row) for row in zip(paths, plain, shapes, strict=True)]
 
@@ -232,8 +211,8 @@ def _names_and_shapes(part: Any, trained: list[list[str]]) -> dict[str, Any]:
     names = set()
     for key, value in (_variables_of(part) or _saved_by(part)).items():
         name = getattr(value, "name", "")
-        beginnings = (name[:end] for end in range(len(name), 0, -1))
-        start = next((one for one in beginnings if one in starts), "")
+        ends = range(len(name), 0, -1)
+        start = next((name[:end] for end in ends if name[:end] in starts), "")
         name = f"{starts[start]} {name[len(start) :]}" if start else ""
         rows[key] = "" if name in names else name, list(value.shape)
         names.add(name)
@@ -244,15 +223,12 @@ def _form_of(note: np.ndarray) -> str:
     return f"{note.dtype.str}{list(note.shape)}"
 
 
-def _to_array(content: bytes) -> np.ndarray:
-    return np.frombuffer(content, np.uint8)
-
-
 def _layout_in(store: Any) -> Layout:
     """Returns the layout in a Keras file."""
     shape = _keras.stored_shape(store, "layout")
     is_short = shape is not None and math.prod(shape) <= _MAX_LAYOUT
-    return parse(np.asarray(store["layout"]).tobytes() if is_short else b"too long")
+    text = np.asarray(store["layout"]).tobytes() if is_short else b"too long"
+    return _layout.parse(text)
 
 
 # --- values ------------------------------------------------------------------
@@ -277,41 +253,32 @@ def _read(store: Any, key: str, shape: Sequence[int]) -> np.ndarray:
     )
 
 
-def _check_values(
-    source: str, values: Sequence[np.ndarray], variables: Sequence[Any]
-) -> None:
-    """Raises unless `variables` can be set to `values`.
+def _check_value(source: str, value: np.ndarray, variable: Any) -> None:
+    """Raises unless a variable can be set to a value.
 
     Args:
-        source: where the values come from, for the message.
-        values: the arrays.
-        variables: the variables that they are for.
+        source: where the value comes from, for the message.
+        value: an array.
+        variable: the variable that it is for.
 
     Raises:
-        ValueError: if their number, a shape, a dtype or a counter does not fit.
+        ValueError: if the shape, the dtype or a counter does not fit.
     """
-    if len(values) != len(variables):
+    dtype = keras.backend.standardize_dtype(variable.dtype)
+    kinds, rule = "fiubcV", "numbers"
+    if "int" in dtype:
+        lowest = _LOWEST.get(variable.name, np.iinfo(dtype).min)
+        highest = np.iinfo(dtype).max
+        kinds, rule = "iu", f"integers from {lowest} to {highest}"
+    fits = value.shape == variable.shape and value.dtype.kind in kinds
+    if fits and "int" in dtype and value.size:
+        fits = lowest <= int(value.min()) and int(value.max()) <= highest
+    if not fits:
         raise ValueError(
-            f"{source} must have one array for each of {len(variables)} variables. "
-            f"Received: {len(values)} arrays. Use those of an optimizer with the same "
-            "children, built on the same variables."
+            f"{source} must have {rule} for `{_keras.path_of(variable)}`, in an array "
+            f"of shape {tuple(variable.shape)}. Received: {value!r:.99}. Use those of "
+            "an optimizer with the same children, as they were saved."
         )
-    for variable, value in zip(variables, values, strict=True):
-        dtype = keras.backend.standardize_dtype(variable.dtype)
-        kinds, rule = "fiubcV", "numbers"
-        if "int" in dtype:
-            lowest = _LOWEST.get(variable.name, np.iinfo(dtype).min)
-            highest = np.iinfo(dtype).max
-            kinds, rule = "iu", f"integers from {lowest} to {highest}"
-        fits = value.shape == variable.shape and value.dtype.kind in kinds
-        if fits and "int" in dtype and value.size:
-            fits = lowest <= int(value.min()) and int(value.max()) <= highest
-        if not fits:
-            raise ValueError(
-                f"{source} must have {rule} for `{_keras.path_of(variable)}`, in an "
-                f"array of shape {tuple(variable.shape)}. Received: {value!r:.99}. Use "
-                "those of an optimizer with the same children, as they were saved."
-            )
 
 
 # --- the state ---------------------------------------------------------------
@@ -336,10 +303,9 @@ class SavedState(tf.train.experimental.PythonState):
         # What was loaded before `build` created the variables for it.
         self._held: Arrays | None = None
         self._restored: Layout | None = None
-        self._checked: tuple[Layout, Arrays] | None = None
+        self._checked: Any = None
         self._refused = False
-        self._dependencies: Any = None
-        self._is_foreign = False
+        self._restore: tuple[Any, bool] = None, False
 
     def layout(self) -> Layout:
         """Returns the layout of the optimizer as it is now."""
@@ -351,24 +317,15 @@ class SavedState(tf.train.experimental.PythonState):
             phases: Any = []
             if _is_sequence(one):
                 phases = zip(one.child_of_phase, one.phase_starts.tolist(), strict=True)
-            optimizers[of] = {
-                "class": _class_of(one),
-                "name": _name_of(one),
-                "settings": settings,
-                "phases": list(phases),
-            }
+            optimizers[of] = {"class": _class_of(one), "name": _name_of(one)}
+            optimizers[of] |= {"settings": settings, "phases": list(phases)}
             for prefix, part in _parts_of(one, seen):
                 for key, (name, shape) in _names_and_shapes(part, trained).items():
                     arrays[of + prefix + key] = [of, name and prefix + name, shape]
         for key, note in self.notes.items():
             arrays[f"notes/{key}"] = ["notes/", _form_of(note), [note.nbytes]]
-        return {
-            "version": VERSION,
-            "optimizers": optimizers,
-            "arrays": arrays,
-            "trained": trained,
-            "bytes": {},
-        }
+        layout = {"version": VERSION, "trained": trained, "bytes": {}}
+        return {**layout, "optimizers": optimizers, "arrays": arrays}
 
     # --- build ---
 
@@ -385,7 +342,7 @@ class SavedState(tf.train.experimental.PythonState):
         """Sets, or checks, what was loaded before there were variables for it."""
         self._refused = True  # unless all of it fits
         if self._restored is not None:
-            check_by_position(self._restored, self.layout())
+            _layout.check_by_position(self._restored, self.layout())
         if self._held is not None:
             self._load(_layout_in(self._held), self._held)
         self._held, self._restored, self._refused = None, None, False
@@ -394,30 +351,29 @@ class SavedState(tf.train.experimental.PythonState):
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Sets all variables of the optimizer, or raises and sets none."""
-        if not self._optimizer.built:
-            raise ValueError(
-                "The optimizer must be built before `set_weights` is called. Received: "
-                f"`{self._optimizer.name}`, which is not. Call "
-                "`optimizer.build(model.trainable_variables)` first."
-            )
         variables = self._optimizer.variables
         arrays = [np.asarray(weight) for weight in weights]
-        _check_values("`weights`", arrays, variables)
-        for variable, array in zip(variables, arrays, strict=True):
+        if not self._optimizer.built or len(arrays) != len(variables):
+            raise ValueError(
+                "An optimizer must be built before `set_weights`, and `weights` must "
+                f"have one array for each of its {len(variables)} variables. Received: "
+                f"{len(arrays)} arrays. Use those of an optimizer with the same "
+                "children, built on the same variables."
+            )
+        pairs = list(zip(variables, arrays, strict=True))
+        for variable, array in pairs:
+            _check_value("`weights`", array, variable)
+        for variable, array in pairs:
             variable.assign(array)
 
     # --- files of Keras ---
 
-    def _note_arrays(self) -> Arrays:
-        return {
-            f"notes/{key}": _to_array(note.tobytes())
-            for key, note in self.notes.items()
-        }
-
     def write(self, store: Any) -> None:
         """Writes everything into a Keras file."""
-        layout = _to_array(json.dumps(self.layout()).encode())
-        arrays = {"layout": layout} | _arrays_in(self._optimizer) | self._note_arrays()
+        texts = {f"notes/{key}": note.tobytes() for key, note in self.notes.items()}
+        texts["layout"] = json.dumps(self.layout()).encode()
+        arrays = {key: np.frombuffer(text, np.uint8) for key, text in texts.items()}
+        arrays |= _arrays_in(self._optimizer)
         for key, value in (self._held or arrays).items():
             store[key] = value
 
@@ -426,12 +382,10 @@ class SavedState(tf.train.experimental.PythonState):
         keys = set(store.keys())
         if "layout" not in keys:
             what = f"a file with {len(keys)} variables, and no layout"
-            self._pass_over(what, is_of_another=bool(keys))
-            return
+            return self._pass_over(what, is_of_another=bool(keys))
         saved = _layout_in(store)
         if self._optimizer.built:
-            self._load(saved, store)
-            return
+            return self._load(saved, store)
         self._held = {"layout": np.asarray(store["layout"])}
         for key, (_, _, shape) in saved["arrays"].items():
             self._held[key] = _read(store, key, shape)
@@ -440,7 +394,7 @@ class SavedState(tf.train.experimental.PythonState):
     def _load(self, saved: Layout, store: Any) -> None:
         """Loads all of a file, or raises and loads nothing."""
         now = self.layout()
-        keys = keys_for(saved, now)
+        keys = _layout.keys_for(saved, now)
         values = {}
         if keys is None or not saved["trained"]:
             values = self._fresh_values(store)
@@ -450,8 +404,8 @@ class SavedState(tf.train.experimental.PythonState):
         for prefix, part in parts(self._optimizer):
             for key, variable in _variables_of(part).items():
                 if prefix + key in values:
-                    _check_values("The file", [values[prefix + key]], [variable])
-        warn_of_changes(saved, now, keys)
+                    _check_value("The file", values[prefix + key], variable)
+        _layout.warn_of_changes(saved, now, keys)
         current = _arrays_in(self._optimizer)
         try:
             self._set(current | values)
@@ -471,11 +425,9 @@ class SavedState(tf.train.experimental.PythonState):
         for prefix, one, _ in _tree(self._optimizer):
             before = saved["optimizers"].get(prefix)
             if before and _is_sequence(one):
-                starts = [-1] * len(one.child_of_phase)
-                phases = zip(before["phases"], one.child_of_phase, strict=False)
-                for phase, ((child_before, start), child) in enumerate(phases):
-                    if child_before == child:
-                        starts[phase] = start
+                phases = [*before["phases"], *[[None, -1]] * len(one.child_of_phase)]
+                pairs = zip(one.child_of_phase, phases, strict=False)
+                starts = [s if child == now else -1 for now, (child, s) in pairs]
                 one._phase_starts.assign(starts)
 
     def _fresh_values(self, store: Any) -> Arrays:
@@ -483,8 +435,7 @@ class SavedState(tf.train.experimental.PythonState):
         optimizer = self._optimizer
         # A user's classes need not be registered.
         classes = {type(child).__name__: type(child) for child in optimizer.children}
-        with keras.saving.custom_object_scope(classes):
-            twin = type(optimizer).from_config(optimizer.get_config())
+        twin = type(optimizer).from_config(optimizer.get_config(), classes)
         twin.build(_keras.trained_variables(optimizer))
         if twin.use_ema:
             # Keras starts the averages from the weights at update 0, which is past.
@@ -498,15 +449,14 @@ class SavedState(tf.train.experimental.PythonState):
         """Returns the saved notes that there is a callback for."""
         notes = {}
         for key, note in self.notes.items():
-            if f"notes/{key}" in saved["arrays"]:
-                _, form, _ = saved["arrays"][f"notes/{key}"]
-                if form != _form_of(note):
-                    raise ValueError(
-                        "What a callback noted must have the dtype and shape that its "
-                        f"notes have now. Received: {form} for `{key}`, now "
-                        f"{_form_of(note)}. Use the callback "
-                        "with the arguments that it had when it was saved."
-                    )
+            _, form, _ = saved["arrays"].get(f"notes/{key}", ("", "", []))
+            if form and form != _form_of(note):
+                raise ValueError(
+                    "What a callback noted must have the dtype and shape that it has "
+                    f"now. Received: {form} for `{key}`, now {_form_of(note)}. Use the "
+                    "callback with the arguments that it had when it was saved."
+                )
+            if form:
                 content = _read(store, f"notes/{key}", [note.nbytes]).tobytes()
                 notes[key] = np.ndarray(note.shape, note.dtype, content).copy()
         return notes
@@ -523,25 +473,24 @@ class SavedState(tf.train.experimental.PythonState):
     # If the optimizer is not built then, `after_build` checks the layout again.
 
     def serialize(self) -> bytes:
-        notes = self._note_arrays().items()
-        texts = {key: base64.b64encode(array.data).decode() for key, array in notes}
+        notes = {f"notes/{key}": note.tobytes() for key, note in self.notes.items()}
+        texts = {key: base64.b64encode(text).decode() for key, text in notes.items()}
         return json.dumps(self.layout() | {"bytes": texts}).encode()
 
     def deserialize(self, string_value: Any) -> None:
         try:
-            saved, now = parse(tf.compat.as_bytes(string_value)), self.layout()
-            check_by_position(saved, now)
+            saved, now = _layout.parse(tf.compat.as_bytes(string_value)), self.layout()
+            _layout.check_by_position(saved, now)
             notes = self._notes_in(saved, saved["bytes"])
         except ValueError:
             # TensorFlow will still restore the variables that are created later.
             self._refused = not self._optimizer.built
             raise
-        warn_of_changes(saved, now, now["arrays"])
+        _layout.warn_of_changes(saved, now, now["arrays"])
         self._checked = saved, notes
 
     def commit(self) -> None:
         """Sets what `deserialize` has checked."""
-        assert self._checked is not None
         saved, self.notes = self._checked
         self._set_starts(saved)
         self._restored = None if self._optimizer.built else saved
@@ -557,11 +506,11 @@ class SavedState(tf.train.experimental.PythonState):
             name: the name of the part that TensorFlow looks for.
             dependencies: the same dict for all parts of one restore.
         """
-        if dependencies is not self._dependencies:
-            self._dependencies, self._is_foreign = dependencies, name != STATE
-            if self._is_foreign:
+        if dependencies is not self._restore[0]:
+            self._restore = dependencies, name != STATE
+            if name != STATE:
                 self._pass_over(f"`{name}` in the checkpoint of another optimizer")
-        return self._is_foreign
+        return self._restore[1]
 
     def _pass_over(self, what: str, is_of_another: bool = True) -> None:
         """Refuses what another optimizer saved, or warns and starts afresh.

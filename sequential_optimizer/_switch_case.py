@@ -36,9 +36,8 @@ def switch_case(index: tf.Tensor, branches: Sequence[Callable[[], Any]]) -> Any:
         return tf.switch_case(index, list(branches))
     graph = tf.compat.v1.get_default_graph()
     operations_before = len(graph.get_operations())
-    outputs = tf.switch_case(
-        index, [functools.partial(_with_constants, branch) for branch in branches]
-    )
+    branches = [functools.partial(_with_constants, branch) for branch in branches]
+    outputs = tf.switch_case(index, branches)
     for operation in graph.get_operations()[operations_before:]:
         if operation.type in ("Case", "StatelessCase"):
             # The only way that also works when the switch sits inside another

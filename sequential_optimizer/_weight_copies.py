@@ -24,7 +24,7 @@ import numpy as np
 import tensorflow as tf
 
 from sequential_optimizer import _keras
-from sequential_optimizer._saving import STATE, items
+from sequential_optimizer._saving import STATE, held_by
 
 _DIGITS = 127  # per power of two in bfloat16, without the power itself
 
@@ -50,9 +50,7 @@ def retake(copies: Iterable[tuple[Any, Pairs]]) -> None:
             optimizer.assign(slot, value)
 
 
-def find_weight_copies(
-    child: keras.optimizers.Optimizer, starts_later: bool
-) -> list[tuple[Any, Pairs]]:
+def find_copies(child: Any, starts_later: bool) -> list[tuple[Any, Pairs]]:
     """Returns what `build` copied from the weights: in a child, and in what it wraps.
 
     Args:
@@ -92,8 +90,7 @@ def _optimizers_in(optimizer: Any, seen: set[int]) -> Iterator[Any]:
 
 def _held_by(optimizer: Any, type_: type) -> list[Any]:
     """Returns all of a type that the attributes, or lists and dicts in them, hold."""
-    held = [item for value in vars(optimizer).values() for item in items(value)]
-    return [item for item in held if isinstance(item, type_)]
+    return [item for _, item in held_by(optimizer) if isinstance(item, type_)]
 
 
 def _slots_of(optimizer: Any) -> list[Any]:
@@ -144,9 +141,8 @@ def _is_constant(slot: Any) -> bool:
 def _probe_like(weight: Any) -> Any:
     """Returns a small variable with the rank, dtype and name of a weight."""
     shape = tf.TensorShape(weight.shape)
-    sizes = (
-        [2] if shape.rank is None else [2 if d is None else min(d, 2) for d in shape]
-    )
+    dimensions = [None] if shape.rank is None else shape
+    sizes = [2 if d is None else min(d, 2) for d in dimensions]
     if not _keras.is_of_keras(weight):
         name = weight.name.partition(":")[0]
         return tf.Variable(tf.zeros(sizes, weight.dtype), name=name)

@@ -5,7 +5,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
@@ -15,11 +15,7 @@ from sequential_optimizer import _children, _gradients, _keras, _replicas
 from sequential_optimizer._phases import Phases
 from sequential_optimizer._saving import STATE, Commit, SavedState
 from sequential_optimizer._switch_case import switch_case
-from sequential_optimizer._weight_copies import (
-    are_initialized,
-    find_weight_copies,
-    retake,
-)
+from sequential_optimizer._weight_copies import are_initialized, find_copies, retake
 
 _keras.check_keras()
 
@@ -148,54 +144,37 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         # attribute for a MultiOptimizer, and act on every entry.
         self.children = tuple(children)
         self._phases = phases
+        # `add_variable` also tracks: mere attributes would not be among `variables`,
+        # nor be saved, if the optimizer is made from a config inside `Model.compile`.
+        kind = {"dtype": "int", "aggregation": "only_first_replica"}
         # The lowest phase that may run: `advance()` ended those below it.
-        self._min_phase = self._add_counter("min_phase")
+        self._min_phase = self.add_variable((), name="min_phase", **kind)
         # The child that made the last update, -1 before the first.
-        self._last_child = self._add_counter("last_child", -1)
+        none = keras.initializers.Constant(-1)
+        self._last_child = self.add_variable((), none, name="last_child", **kind)
+        start = np.full(len(child_of_phase), -1)
         with keras.name_scope(self.name):
-            starts = keras.Variable(
-                np.full(len(child_of_phase), -1),
-                dtype="int64",
-                trainable=False,
-                aggregation="only_first_replica",
-                name="phase_starts",
-            )
+            starts = keras.Variable(start, trainable=False, name="phase_starts", **kind)
         # Not tracked: TensorFlow cannot restore a variable of another length, so this
         # one is saved with the Python state.
         object.__setattr__(self, "_phase_starts", starts)
         self._saved_state = SavedState(self)
         self._commit = Commit(self._saved_state)
 
-    def _add_counter(self, name: str, value: int = 0) -> keras.Variable:
-        # This also tracks the counter: as a mere attribute, it would not be among
-        # `variables`, nor be saved, if the optimizer is made from a config inside
-        # `Model.compile`.
-        return self.add_variable(
-            shape=(),
-            initializer=keras.initializers.Constant(value),
-            dtype=_keras.call_count(self).dtype,
-            aggregation="only_first_replica",
-            name=name,
-        )
-
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "learning_rate":
             # The base classes would first read the rate, which in a graph is another
             # switch, and then track a variable that belongs to a child.
-            object.__setattr__(self, name, value)
-            return
+            return object.__setattr__(self, name, value)
         if name in ("boundaries", "children") and hasattr(self, name):
             _children.refuse_change(name, value)
-        if name in _children.CHILD_SETTINGS:
-            _children.check_settings({name: value})
+        _children.check_settings({name: value})
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         children = [_children.in_words(self.children[i]) for i in self.child_of_phase]
-        return (
-            f"{type(self).__name__}([{', '.join(children)}], "
-            f"boundaries={list(self.boundaries)})"
-        )
+        name, boundaries = type(self).__name__, list(self.boundaries)
+        return f"{name}([{', '.join(children)}], boundaries={boundaries})"
 
     # --- look ----------------------------------------------------------------
 
@@ -278,10 +257,9 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         _replicas.once_across_replicas(self._end_phases, self._phases.parse_phase(to))
 
     def _end_phases(self, to: int | None) -> None:
-        phase = self.phase
+        phase = tf.cast(self.phase, self._min_phase.dtype)
         target = phase + 1 if to is None else tf.constant(to, phase.dtype)
         ends = tf.logical_and(phase < target, target <= self._phases.last)
-        target = tf.cast(target, self._min_phase.dtype)
         self.assign(self._min_phase, tf.where(ends, target, self._min_phase))
 
     @property
@@ -297,13 +275,12 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         """
         if tf.executing_eagerly():
             return self.active_child().learning_rate
-        return self._switch(
-            self.phase,
-            lambda i: tf.cast(
-                getattr(self.children[i], "learning_rate", math.nan),
-                keras.config.floatx(),
-            ),
-        )
+
+        def rate_of(i: int) -> tf.Tensor:
+            rate = getattr(self.children[i], "learning_rate", math.nan)
+            return tf.cast(rate, keras.config.floatx())
+
+        return self._switch(self.phase, rate_of)
 
     @learning_rate.setter
     @_not_autographed
@@ -321,29 +298,22 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         _replicas.once_across_replicas(self._set_learning_rate, learning_rate)
 
     def _set_learning_rate(self, learning_rate: Any) -> None:
-        @_not_autographed
-        def set_on_child(i: int, learning_rate: Any) -> None:
-            self.children[i].learning_rate = learning_rate
+        def set_on(i: int) -> None:
+            child = self.children[i]
+            _replicas.for_each_replica(setattr, child, "learning_rate", learning_rate)
 
-        self._switch(
-            self.phase,
-            lambda i: _replicas.for_each_replica(set_on_child, i, learning_rate),
-        )
+        self._switch(self.phase, set_on)
 
     @property
     def variables(self) -> list[keras.Variable]:
         """The optimizer's own variables, then those of each child."""
-        variables = [*_keras.own_variables(self), self._phase_starts]
-        for child in self.children:
-            variables.extend(child.variables)
-        return variables
+        of_children = [v for child in self.children for v in child.variables]
+        return [*_keras.own_variables(self), self._phase_starts, *of_children]
 
     # --- build ---------------------------------------------------------------
 
     def exclude_from_weight_decay(
-        self,
-        var_list: Iterable[Any] | None = None,
-        var_names: Iterable[str] | None = None,
+        self, var_list: Any = None, var_names: list[str] | None = None
     ) -> None:
         """Excludes variables from the weight decay of every child.
 
@@ -352,8 +322,6 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             var_names: list of strings; a variable whose name matches one of them,
                 as a regular expression, is excluded.
         """
-        var_list = None if var_list is None else list(var_list)
-        var_names = None if var_names is None else list(var_names)
         for child in self.children:
             child.exclude_from_weight_decay(var_list=var_list, var_names=var_names)
 
@@ -374,7 +342,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         if self.built:
             return
         variables = list(variables)
-        self._check_strategy()
+        _replicas.check_strategy([self, *self.children])
         _children.check_built_on(variables, self.children)
         # Keras may call this while it traces the train step, and even while it traces
         # the model for the first time. Then the weights have no values yet, and a child
@@ -387,10 +355,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                     child.build(variables)
         with tf.init_scope():
             super().build(variables)
-            copies = [
-                find_weight_copies(child, starts_later=i > 0)
-                for i, child in enumerate(self.children)
-            ]
+            copies = [find_copies(c, i > 0) for i, c in enumerate(self.children)]
             # Not tracked: they are variables of the children.
             object.__setattr__(self, "_weight_copies", copies)
             self._saved_state.after_build()
@@ -407,9 +372,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     #                          -> record the child and the start of the phase
 
     @_not_autographed
-    def apply(
-        self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None
-    ) -> None:
+    def apply(self, grads: Iterable[Any], trainable_variables: Any = None) -> None:
         """Updates the variables with the child of the current phase.
 
         Args:
@@ -433,8 +396,13 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             return
         if tf.distribute.has_strategy():
             _replicas.check_in_replica()
-            self._check_strategy()
-        variables = self._variables_for(grads, trainable_variables)
+            _replicas.check_strategy([self, *self.children])
+        if trainable_variables is None:
+            trainable_variables = _keras.trained_variables(self)
+        variables = list(trainable_variables)
+        _gradients.check_gradients(grads, variables)
+        self.build(variables)
+        _gradients.check_variables(variables, self)
         # The counters wait for the gradients: the step that hits the end of a dataset
         # of unknown size has none, and must not count.
         with tf.name_scope(self.name), _gradients.computed_first(grads):
@@ -462,28 +430,6 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         # One operation: Keras' `Variable.assign_add` reads, then writes, and under an
         # asynchronous parameter server loses updates in between.
         self.assign_add(_keras.call_count(self), 1)
-
-    def _check_strategy(self) -> None:
-        _replicas.check_strategy(
-            self.name, [_keras.call_count(one) for one in [self, *self.children]]
-        )
-
-    def _variables_for(
-        self, grads: list[Any], trainable_variables: Sequence[Any] | None
-    ) -> list[Any]:
-        if trainable_variables is None:
-            if not self.built:
-                raise ValueError(
-                    "`trainable_variables` must be passed to `apply` while the "
-                    "optimizer is not built. Received: trainable_variables=None. "
-                    "Pass the variables, or call `optimizer.build(variables)` first."
-                )
-            trainable_variables = _keras.trained_variables(self)
-        variables = list(trainable_variables)
-        _gradients.check_gradients(grads, variables)
-        self.build(variables)
-        _gradients.check_variables(variables, self)
-        return variables
 
     def _accumulate(self, grads: list[Any], variables: list[Any]) -> None:
         """Adds to the accumulators, or empties them into an update."""
@@ -536,8 +482,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         _keras.update_averages(self)
         if self.ema_overwrite_frequency:
             is_due = (self.iterations + 1) % self.ema_overwrite_frequency == 0
-            overwrite = functools.partial(_keras.overwrite_with_averages, self)
-            tf.cond(is_due, overwrite, lambda: None)
+            tf.cond(is_due, lambda: _keras.overwrite_with_averages(self), lambda: None)
 
     @_not_autographed
     def finalize_variable_values(self, var_list: Iterable[Any]) -> None:
@@ -571,27 +516,17 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         `optimizers` holds each child once, `child_of_phase` the index of each phase's
         child, and `settings` what the children were first created with.
         """
+        base, skipped = super().get_config(), _children.CHILD_SETTINGS
         return {
-            "name": self.name,
-            "optimizers": [
-                keras.saving.serialize_keras_object(child) for child in self.children
-            ],
+            **{key: value for key, value in base.items() if key not in skipped},
+            "optimizers": list(map(keras.saving.serialize_keras_object, self.children)),
             "child_of_phase": list(self.child_of_phase),
             "settings": self._saved_state.settings,
             "boundaries": list(self.boundaries),
-            "use_ema": self.use_ema,
-            "ema_momentum": self.ema_momentum,
-            "ema_overwrite_frequency": self.ema_overwrite_frequency,
-            "loss_scale_factor": self.loss_scale_factor,
-            "gradient_accumulation_steps": self.gradient_accumulation_steps,
         }
 
     @classmethod
-    def from_config(
-        cls,
-        config: dict[str, Any],
-        custom_objects: dict[str, Any] | None = None,
-    ) -> "SequentialOptimizer":
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
         """Creates an optimizer from what `get_config` returned.
 
         Args:
@@ -646,9 +581,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
 
     # TensorFlow has no public hooks for these two.
 
-    def _trackable_children(
-        self, save_type: str = "checkpoint", **kwargs: Any
-    ) -> dict[str, Any]:
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> Any:
         children = super()._trackable_children(save_type, **kwargs)
         state = children.pop(STATE)
         if save_type == "savedmodel":

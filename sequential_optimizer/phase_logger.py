@@ -67,14 +67,11 @@ class PhaseLogger(keras.callbacks.Callback):
         """Finds the sequence to follow."""
         super().set_model(model)
         self._sequence = find_sequence(self)
-        self._has_begun = False
         self._look()
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         """Notes where the run begins, after any callback has restored it."""
-        if not self._has_begun:
-            self._look()
-        self._has_begun = True
+        self._look()
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         """Prints the switches in the batch, or in the steps executed with it."""

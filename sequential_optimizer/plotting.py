@@ -99,17 +99,13 @@ def _check_columns(columns: Mapping[str, Any], needed: Sequence[str]) -> None:
             "`callbacks=[PhaseLogger()]`, and pass metrics that you compiled."
         )
     epochs = len(columns["phase"])
-    if not epochs:
-        raise ValueError(
-            "`history` must have at least one epoch. Received: a history of no epochs. "
-            "Plot it after `fit` has run."
-        )
     for column in needed:
-        if len(columns[column]) != epochs:
+        if not len(columns[column]) == epochs > 0:
             raise ValueError(
-                "`history` must have a value of each column for each epoch. Received: "
-                f"{epochs} epochs and {len(columns[column])} values of `{column}`. "
-                "Train with `validation_freq=1`, or leave the column out."
+                "`history` must have a value of each column for each epoch, and at "
+                f"least one. Received: {epochs or 'a history of no'} epochs and "
+                f"{len(columns[column])} values of `{column}`. Plot it after `fit` has "
+                "run with `validation_freq=1`, or leave the column out."
             )
 
 
@@ -128,10 +124,7 @@ def _names(names: Sequence[str] | None, sequence: Any, count: int) -> Sequence[s
 
 
 def _begins_of_phases(
-    phases: Sequence[int],
-    edges: Sequence[float],
-    iterations: Sequence[float],
-    sequence: Any,
+    phases: list[int], edges: list[float], iterations: Any, sequence: Any
 ) -> dict[float, int]:
     """Returns the phases by where they begin on the axis of epochs.
 
@@ -172,9 +165,7 @@ def _shade_phases(ax: "Axes", begins: dict[float, int], names: Sequence[str]) ->
             ax.axvline(left, color="0.4", linestyle="--", linewidth=1)
 
 
-def _plot_learning_rate(
-    ax: "Axes", edges: Sequence[float], learning_rate: Sequence[float]
-) -> None:
+def _plot_learning_rate(ax: "Axes", edges: list[float], learning_rate: Any) -> None:
     right = ax.twinx()
     right.stairs(learning_rate, edges, baseline=None, color="0.5", linestyle=":")
     right.set_yscale("log")

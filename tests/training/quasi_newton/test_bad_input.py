@@ -67,7 +67,7 @@ def test_bad_history_size(size):
 @pytest.mark.parametrize("dtype", ["complex64", "int32"])
 def test_weights_that_are_no_floats(make, dtype):
     variable = tf.Variable([1, 2], dtype=dtype)
-    with pytest.raises(ValueError, match=f"float64, which.*of type {dtype}"):
+    with pytest.raises(ValueError, match=f"float64 that.*of type {dtype}"):
         make().build([variable])
 
 
