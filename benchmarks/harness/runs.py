@@ -38,9 +38,14 @@ class Group:
         return quantile(self.errors, 0.5)
 
     @property
+    def failures(self) -> int:
+        """How many found no solution."""
+        return sum(error > FAILED for error in self.errors)
+
+    @property
     def failed(self) -> str:
         """How many found no solution, of how many."""
-        return f"{sum(e > FAILED for e in self.errors)} of {len(self.errors)}"
+        return f"{self.failures} of {len(self.errors)}"
 
     @property
     def text(self) -> str:

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 from benchmarks.harness import report
+from benchmarks.harness.runs import Group
 from benchmarks.questions import pinn
 from benchmarks.workloads.pinn import PROBLEMS, Burgers, Oscillator, draw_points
 from benchmarks.workloads.pinn_rivals import FlatLoss, SpentError, search
@@ -184,9 +185,28 @@ def test_tables_headline_and_picture(result):
     assert len(axes.lines) == 2
 
 
+def test_goals_are_judged():
+    def group(*errors):
+        return Group([{"error": error} for error in errors])
+
+    rival = pinn.AFTER_ADAM[0]
+    groups = {
+        "plain": group(0.04, 0.04),
+        "sequence": group(0.001, 0.003),
+        rival.name: group(0.003, 0.003),
+    }
+    assert pinn.missed(groups, "plain", "sequence") == []
+    groups["sequence"] = group(0.5, 0.5)
+    assert pinn.missed(groups, "plain", "sequence") == [
+        "ABOVE 0.1 of plain",
+        f"BEHIND {rival.then}",
+        "MORE FAILURES",
+    ]
+
+
 def test_diverged_run_is_a_failure(result):
     rows = [dict(row, error=None, loss=None) for row in result["runs"]]
-    group = pinn.Group(rows[:3])
+    group = Group(rows[:3])
     assert group.failed == "3 of 3"
     assert group.median == np.inf
 
@@ -194,7 +214,7 @@ def test_diverged_run_is_a_failure(result):
 # The table showed the lower of two middle runs, while their mean chose the best.
 def test_half_diverged_is_a_diverged_median(result):
     good = result["runs"][0]
-    group = pinn.Group([good, dict(good, error=None)])
+    group = Group([good, dict(good, error=None)])
     assert group.median == np.inf
     assert group.text.startswith("inf (")
 
