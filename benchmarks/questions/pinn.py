@@ -213,10 +213,8 @@ def is_tuning(row: dict[str, Any]) -> bool:
     return row["seed"] >= FIRST_TUNING_SEED
 
 
-def run_all(
-    cells: list[Cell], rows: list[dict[str, Any]], seconds: int
-) -> Iterator[dict[str, Any]]:
-    """Yields the rows of all runs that are missing, as they come."""
+def without(cells: list[Cell], rows: list[dict[str, Any]]) -> list[Cell]:
+    """Returns the cells with the seeds only of which there is no row."""
     done = {
         tuple(row[k] for k in ("problem", "contender", "dtype", "rate", "seed"))
         for row in rows
@@ -226,6 +224,14 @@ def run_all(
         seeds = tuple(seed for seed in cell.seeds if cell.key(seed) not in done)
         if seeds:
             missing.append(dataclasses.replace(cell, seeds=seeds))
+    return missing
+
+
+def run_all(
+    cells: list[Cell], rows: list[dict[str, Any]], seconds: int
+) -> Iterator[dict[str, Any]]:
+    """Yields the rows of all runs that are missing, as they come."""
+    missing = without(cells, rows)
     total = sum(len(cell.seeds) for cell in missing)
     progress = Progress(total, "physics-informed networks")
     found: queue.Queue[Any] = queue.Queue()
@@ -329,11 +335,29 @@ def table_of_best(result: dict[str, Any], problems: list[str]) -> report.Table:
         f"the sequence is at most {GOAL} times that of the plain optimizer, and at "
         "most that of any other software, and no more of its runs fail than of any "
         "other contender's. The best was chosen on the seeds that are shown, which "
-        f"flatters the {len(SEQUENCES)} sequences a little."
+        f"flatters the {len(SEQUENCES)} sequences a little.{unfinished(result)}"
     )
     kinds = ("plain Adam", "quasi-Newton alone", "sequence", "other software")
     header = ("problem", *kinds, "sequence / plain", "goals")
     return report.Table(caption, header, rows)
+
+
+def unfinished(result: dict[str, Any]) -> str:
+    """Says how many runs are still missing, if any are."""
+    settings = Settings(
+        **{
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in result["settings"].items()
+        }
+    )
+    left_out = [row["rival"] for row in result["left_out"]]
+    cells = [
+        cell
+        for cell in cells_for_testing(settings, result["runs"])
+        if cell.contender.then not in left_out
+    ]
+    count = sum(len(cell.seeds) for cell in without(cells, result["runs"]))
+    return f" **Not finished: {count} runs are still missing.**" if count else ""
 
 
 def missed(groups: dict[str, Group], plain: str, sequence: str) -> list[str]:

@@ -185,6 +185,13 @@ def test_tables_headline_and_picture(result):
     assert len(axes.lines) == 2
 
 
+def test_caption_says_what_is_missing(result):
+    assert pinn.unfinished(result) == ""
+    fewer = {**result, "runs": result["runs"][:-2]}
+    assert "2 runs are still missing" in pinn.unfinished(fewer)
+    assert "2 runs are still missing" in pinn.tables(fewer)[0].caption
+
+
 def test_goals_are_judged():
     def group(*errors):
         return Group([{"error": error} for error in errors])
