@@ -28,10 +28,10 @@ import tensorflow as tf
 from tests.training import test_training as t
 
 optimizer = t.make_sequence("aba")
-t.run_loop(optimizer, t.make_model(), t.BATCHES, "xla", built=True)
+t.run_loop(optimizer, t.make_tiny(), t.BATCHES, "xla", built=True)
 assert int(optimizer.phase) == 2
 optimizer = t.make_sequence("ab")
-loop = t.make_while_loop(t.make_model(), optimizer, "xla")
+loop = t.make_while_loop(t.make_tiny(), optimizer, "xla")
 for last in (1, 3, 6):
     loop(tf.constant(0), tf.constant(last))
 assert int(optimizer.phase) == 1
