@@ -121,15 +121,10 @@ def measure_in_sittings(
     for row in left_out:
         say(f"left out: {row['rival']}: {row['reason']}")
     rows = list(earlier.get("runs", []))
-    missing = {row["rival"] for row in left_out}
     # First the learning rates, of which the others make use.
     for make_cells in (cells_for_tuning, cells_for_testing):
-        cells = [
-            cell
-            for cell in make_cells(settings, rows)
-            if cell.contender.then not in missing
-        ]
-        for row in run_all(cells, rows, settings.seconds):
+        cells = make_cells(settings, rows)
+        for row in run_all(without(cells, rows, left_out), settings.seconds):
             rows.append(row)
             yield {"runs": rows, "left_out": left_out}
     yield {"runs": rows, "left_out": left_out}
@@ -213,8 +208,11 @@ def is_tuning(row: dict[str, Any]) -> bool:
     return row["seed"] >= FIRST_TUNING_SEED
 
 
-def without(cells: list[Cell], rows: list[dict[str, Any]]) -> list[Cell]:
-    """Returns the cells with the seeds only of which there is no row."""
+def without(
+    cells: list[Cell], rows: list[dict[str, Any]], left_out: list[dict[str, str]]
+) -> list[Cell]:
+    """Returns the cells of who is not left out, with the seeds that have no row."""
+    rivals = {row["rival"] for row in left_out}
     done = {
         tuple(row[k] for k in ("problem", "contender", "dtype", "rate", "seed"))
         for row in rows
@@ -222,16 +220,13 @@ def without(cells: list[Cell], rows: list[dict[str, Any]]) -> list[Cell]:
     missing = []
     for cell in cells:
         seeds = tuple(seed for seed in cell.seeds if cell.key(seed) not in done)
-        if seeds:
+        if seeds and cell.contender.then not in rivals:
             missing.append(dataclasses.replace(cell, seeds=seeds))
     return missing
 
 
-def run_all(
-    cells: list[Cell], rows: list[dict[str, Any]], seconds: int
-) -> Iterator[dict[str, Any]]:
-    """Yields the rows of all runs that are missing, as they come."""
-    missing = without(cells, rows)
+def run_all(missing: list[Cell], seconds: int) -> Iterator[dict[str, Any]]:
+    """Yields the rows of all runs, as they come."""
     total = sum(len(cell.seeds) for cell in missing)
     progress = Progress(total, "physics-informed networks")
     found: queue.Queue[Any] = queue.Queue()
@@ -350,13 +345,9 @@ def unfinished(result: dict[str, Any]) -> str:
             for key, value in result["settings"].items()
         }
     )
-    left_out = [row["rival"] for row in result["left_out"]]
-    cells = [
-        cell
-        for cell in cells_for_testing(settings, result["runs"])
-        if cell.contender.then not in left_out
-    ]
-    count = sum(len(cell.seeds) for cell in without(cells, result["runs"]))
+    cells = cells_for_testing(settings, result["runs"])
+    missing = without(cells, result["runs"], result["left_out"])
+    count = sum(len(cell.seeds) for cell in missing)
     return f" **Not finished: {count} runs are still missing.**" if count else ""
 
 
