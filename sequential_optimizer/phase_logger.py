@@ -1,5 +1,6 @@
 """Shows which phase a run is in."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -10,6 +11,7 @@ from sequential_optimizer._phases import last_started, switches_between
 Logs = dict[str, Any] | None
 
 
+@dataclass(eq=False)
 class PhaseLogger(keras.callbacks.Callback):
     """Puts the phase and the learning rate into the logs, and prints each switch.
 
@@ -55,13 +57,12 @@ class PhaseLogger(keras.callbacks.Callback):
             one to choose from.
     """
 
-    def __init__(
-        self, per_batch: bool = False, verbose: int = 1, optimizer: Any = None
-    ) -> None:
+    per_batch: bool = False
+    verbose: int = 1
+    optimizer: Any = None
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.per_batch = per_batch
-        self.verbose = verbose
-        self.optimizer = optimizer
 
     def set_model(self, model: keras.Model) -> None:
         """Finds the sequence to follow."""

@@ -1,7 +1,6 @@
 """Ends a phase when a metric stalls."""
 
 import math
-import re
 import warnings
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -14,8 +13,9 @@ from sequential_optimizer._phases import last_started
 from sequential_optimizer.phase_logger import print_line
 
 # Words in the names of metrics that say which way is better.
-_LOWER = "loss|error|crossentropy|divergence|perplexity|mse|rmse|mae|mape|msle"
-_HIGHER = "acc|accuracy|auc|precision|recall|f1|fbeta|iou|similarity|r2"
+_LOWER = "loss error crossentropy divergence perplexity mse rmse mae mape msle"
+_HIGHER = "acc accuracy auc precision recall f1 fbeta iou similarity r2"
+_BETTER = dict.fromkeys(_LOWER.split(), "min") | dict.fromkeys(_HIGHER.split(), "max")
 
 Logs = dict[str, Any] | None
 
@@ -32,6 +32,7 @@ class _Seen:
     wait: float = 0
 
 
+@dataclass(eq=False)
 class SwitchOnPlateau(keras.callbacks.Callback):
     """Ends the current phase when a metric has stopped improving.
 
@@ -93,31 +94,21 @@ class SwitchOnPlateau(keras.callbacks.Callback):
             two of these callbacks watch the same metric for the same optimizer.
     """
 
-    def __init__(
-        self,
-        monitor: str = "val_loss",
-        patience: int = 10,
-        min_delta: float = 1e-4,
-        mode: str = "auto",
-        cooldown: int = 0,
-        min_iterations: int = 0,
-        restore_best_weights: bool = False,
-        verbose: int = 0,
-        optimizer: Any = None,
-    ) -> None:
+    monitor: str = "val_loss"
+    patience: int = 10
+    min_delta: float = 1e-4
+    mode: str = "auto"
+    cooldown: int = 0
+    min_iterations: int = 0
+    restore_best_weights: bool = False
+    verbose: int = 0
+    optimizer: Any = None
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.monitor = monitor
-        self.patience = patience
-        self.min_delta = min_delta
-        self.mode = mode
-        self.cooldown = cooldown
-        self.min_iterations = min_iterations
-        self.restore_best_weights = restore_best_weights
-        self.verbose = verbose
-        self.optimizer = optimizer
-        self._sign = _sign(mode, monitor)
-        self._seen_key = f"SwitchOnPlateau/{monitor}/seen"
-        self._weight_key = f"SwitchOnPlateau/{monitor}/weight/"
+        self._sign = _sign(self.mode, self.monitor)
+        self._seen_key = f"SwitchOnPlateau/{self.monitor}/seen"
+        self._weight_key = f"SwitchOnPlateau/{self.monitor}/weight/"
         for name in ("patience", "min_delta", "cooldown", "min_iterations"):
             value = getattr(self, name)
             if not value >= 0:
@@ -154,9 +145,8 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         if seen.next_epoch not in (-1, epoch):
             warnings.warn(
                 f"`SwitchOnPlateau` has seen the epochs before {int(seen.next_epoch)}, "
-                f"and epoch {epoch} begins: the run was resumed from a backup that was "
-                "made before this callback's turn. Put it before the callback that "
-                "saves.",
+                f"and epoch {epoch} begins: the run was resumed from a backup made before "
+                "this callback's turn. Put it before the callback that saves.",
                 stacklevel=2,
             )
         seen.next_epoch = epoch
@@ -253,18 +243,14 @@ class SwitchOnPlateau(keras.callbacks.Callback):
 
 def _sign(mode: str, monitor: str) -> int:
     """Returns 1 if a higher value of the metric is better, -1 if a lower one is."""
-    signs = {"min": -1, "max": 1}
-    if mode in signs:
-        return signs[mode]
     # Keras names a metric `<output>_<metric>`, and has one called `mean_io_u`.
-    words = monitor.lower().replace("io_u", "iou").split("_") if mode == "auto" else []
-    for word in reversed(words):
-        if re.fullmatch(_LOWER, word):
-            return -1
-        if re.fullmatch(_HIGHER, word):
-            return 1
-    raise ValueError(
-        '`mode` must be "min" or "max", or "auto" for a metric whose name says which '
-        f"way is better. Received: mode={mode!r}, monitor={monitor!r}. Pass "
-        '`mode="min"` or `mode="max"`.'
-    )
+    words = monitor.lower().replace("io_u", "iou").split("_")
+    telling = [word for word in words if word in _BETTER]
+    better = _BETTER[telling[-1]] if mode == "auto" and telling else mode
+    if better not in ("min", "max"):
+        raise ValueError(
+            '`mode` must be "min" or "max", or "auto" for a metric whose name says '
+            f"which way is better. Received: mode={mode!r}, monitor={monitor!r}. Pass "
+            '`mode="min"` or `mode="max"`.'
+        )
+    return 1 if better == "max" else -1
