@@ -166,6 +166,13 @@ def running(processes: list[Process]) -> Iterator[list[Process]]:
             process.kill()
 
 
+def all_reports(process: Process) -> Iterator[Any]:
+    """Yields what a process reports; raises ProcessError if it failed."""
+    with running([process]):
+        yield from process.reports()
+        process.check()
+
+
 def check_all(processes: list[Process]) -> None:
     """Waits for the end of all; raises ProcessError with every log if one failed.
 

@@ -67,11 +67,9 @@ def measure(settings: Settings) -> dict[str, Any]:
                 environ={"DDE_BACKEND": "tensorflow"},
                 limit=settings.seconds,
             )
-            with processes.running([process]):
-                for row in process.reports():
-                    runs.append(row)
-                    progress.step(row["contender"])
-                process.check()
+            for row in processes.all_reports(process):
+                runs.append(row)
+                progress.step(row["contender"])
     return {"reason": "", "runs": runs}
 
 

@@ -239,10 +239,8 @@ def run_all(missing: list[Cell], seconds: int) -> Iterator[dict[str, Any]]:
             log = Path(folder) / f"{number}.log"
             process = processes.Process(run_cell, (cell,), log, limit=seconds)
             try:
-                with processes.running([process]):
-                    for row in process.reports():
-                        found.put(row)
-                    process.check()
+                for row in processes.all_reports(process):
+                    found.put(row)
             except Exception as error:  # noqa: BLE001 (raised below)
                 found.put(error)
 
