@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -32,17 +33,15 @@ def get_children(optimizers: Any) -> tuple[list[Optimizer], tuple[int, ...]]:
     """
     if not isinstance(optimizers, list | tuple) or not optimizers:
         raise ValueError(
-            "`optimizers` must be a list of at least one optimizer. "
-            f"Received: optimizers={optimizers!r}. Pass the optimizers in the order of "
-            "their phases, `[optimizer]` for a single one."
+            "`optimizers` must be a list of at least one optimizer. Received: "
+            f"optimizers={optimizers!r}. Pass `[optimizer]` for a single one."
         )
     of_phase = [_get_child(identifier) for identifier in optimizers]
     for child, following in itertools.pairwise(of_phase):
         if child is following:
             warnings.warn(
-                "A boundary between two phases of one instance in `optimizers` changes "
-                f"nothing. Received: `{child.name}` twice in a row. Pass another "
-                "instance to start afresh, or leave out the boundary.",
+                "A boundary between phases of one instance changes nothing. Received: "
+                f"`{child.name}` twice in a row. Another instance would start afresh.",
                 stacklevel=3,
             )
     # Told apart by identity: two equal instances are two children.
@@ -61,25 +60,21 @@ def _get_child(identifier: Any) -> Optimizer:
         cause = error
     if child is None:
         raise ValueError(
-            "Each entry of `optimizers` must be a `keras.optimizers.Optimizer` or what "
-            f"`keras.optimizers.get` takes. Received: {identifier!r} of type "
-            f"`{type(identifier).__name__}`. Pass an instance, such as "
-            "`keras.optimizers.Adam(1e-3)`."
+            "Each entry of `optimizers` must be what `keras.optimizers.get` takes. "
+            f"Received: {identifier!r} of type `{type(identifier).__name__}`. Pass an "
+            "instance, such as `keras.optimizers.Adam(1e-3)`."
         ) from cause
     if isinstance(child, keras.optimizers.LossScaleOptimizer):
         raise ValueError(
-            "`optimizers` may not hold a `LossScaleOptimizer`, because a step that "
-            "it skips must not count for the boundaries. "
-            f"Received: `{child.name}`. Wrap the SequentialOptimizer instead: "
-            "`LossScaleOptimizer(SequentialOptimizer(...))`, with the "
-            "`inner_optimizer` of this child in its place."
+            "`optimizers` may not hold a `LossScaleOptimizer`, because a step that it "
+            f"skips must not count. Received: `{child.name}`. Pass its "
+            "`inner_optimizer`, and wrap the SequentialOptimizer instead."
         )
     if type(child).apply_gradients is not Optimizer.apply_gradients:
         raise ValueError(
             "A child in `optimizers` may not override `apply_gradients`, because a "
-            "SequentialOptimizer calls its `apply`. Received: "
-            f"`{type(child).__name__}`, which does. Override `apply` instead, with the "
-            "same code: Keras' own `apply_gradients` calls it."
+            f"SequentialOptimizer calls `apply`. Received: `{type(child).__name__}`. "
+            "Override `apply` instead: Keras' own `apply_gradients` calls it."
         )
     check_loss_scale([child])
     return child
@@ -90,10 +85,9 @@ def check_loss_scale(children: Iterable[Optimizer]) -> None:
     for child in children:
         if child.loss_scale_factor is not None:
             raise ValueError(
-                "A child in `optimizers` may not have a `loss_scale_factor`, because "
-                "the loss is scaled once for all of them. Received: "
-                f"loss_scale_factor={child.loss_scale_factor} on `{child.name}`. "
-                "Instead, set `loss_scale_factor` on the SequentialOptimizer."
+                "A child may not have a `loss_scale_factor`, because the loss is "
+                f"scaled once for all of them. Received: {child.loss_scale_factor} on "
+                f"`{child.name}`. Instead, set it on the SequentialOptimizer."
             )
 
 
@@ -116,10 +110,9 @@ def from_config(config: Any, custom_objects: dict[str, Any] | None) -> list[Opti
         or set(child_of_phase) != set(indices)
     ):
         raise ValueError(
-            "`config` must be a dict whose `optimizers` is a list with the config of "
-            "each child. `child_of_phase` in a config must list, for each phase, the "
-            f"index of one of them, and leave none out. Received: {config!r:.200}. "
-            "Pass what `get_config` returned."
+            "`config` must have a list `optimizers` with the config of each child, and "
+            "a list `child_of_phase` with the index of each phase's, if not one each. "
+            f"Received: {config!r:.200}. Pass what `get_config` returned."
         )
     load = keras.saving.deserialize_keras_object
     # Keras edits nested configs in place.
@@ -133,16 +126,25 @@ def in_words(child: Optimizer) -> str:
     return repr(child) if hasattr(child, "children") else short
 
 
+def given_name(optimizer: Optimizer) -> str | None:
+    """Returns the name, or `None` if Keras may have made it up (`adam_1`)."""
+    names = re.sub(r"_\d+$", "", optimizer.name), type(optimizer).__name__
+    plain = {name.replace("_", "").lower() for name in names}
+    return optimizer.name if len(plain) > 1 else None
+
+
 def check_names_differ(name: str, children: Iterable[Optimizer]) -> None:
-    """Raises if two children share a name, or if one has `name`, their parent's."""
+    """Raises unless names tell the children apart, also in another process.
+
+    Keras numbers the names that it makes in each process, so they say nothing there.
+    """
     names = [name, *(child.name for child in children)]
-    repeated = sorted({one for one in names if names.count(one) > 1})
-    if repeated:
+    unnamed = [type(child) for child in children if given_name(child) is None]
+    if len(set(names)) < len(names) or len(set(unnamed)) < len(unnamed):
         raise ValueError(
-            "A SequentialOptimizer and its children must have different names, "
-            "because their variables are told apart by them. "
-            f"Received: {repeated} more than once. Pass `name=...` to one of them, "
-            "or the same instance if you mean the same optimizer."
+            "A SequentialOptimizer and its children must have different names, and of "
+            "each class only one may have a name that Keras makes (`adam_1`). "
+            f'Received: {names}. Name the others, as in `Adam(1e-4, name="late")`.'
         )
 
 
@@ -158,10 +160,8 @@ def check_settings(settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         if name in CHILD_SETTINGS and value is not None:
             raise ValueError(
-                f"`{name}` must be set on the children of a SequentialOptimizer, "
-                "because it is part of their update rules. "
-                f"Received: {name}={value!r}. Instead, set `{name}` on the child "
-                "optimizer."
+                f"`{name}` must be set on the children of a SequentialOptimizer. "
+                f"Received: {name}={value!r}. Set `{name}` on the child optimizer."
             )
 
 
@@ -180,19 +180,17 @@ def check_built_on(variables: list[Any], children: Iterable[Optimizer]) -> None:
         child_keys = {key_of(child, variable) for variable in trained_variables(child)}
         if child.built and child_keys != keys:
             raise ValueError(
-                "A child in `optimizers` that is already built must have been built "
-                "on the variables that the SequentialOptimizer trains. "
-                f"Received: `{child.name}`, built on {len(child_keys)} variables of "
-                f"which {len(child_keys & keys)} are among the {len(keys)} to train. "
-                "Pass a new instance instead, "
-                f"`{type(child).__name__}.from_config(child.get_config())`."
+                "A child that is already built must have been built on the variables "
+                f"to train. Received: `{child.name}`, built on {len(child_keys)} "
+                f"variables, {len(child_keys & keys)} of them among the {len(keys)} to "
+                "train. Pass a new instance instead."
             )
 
 
 def refuse_change(name: str, value: Any) -> None:
     """Raises AttributeError: the parts of a SequentialOptimizer are fixed."""
     raise AttributeError(
-        f"`{name}` of a `SequentialOptimizer` cannot be changed, because graphs and "
-        f"saved state depend on it. Received: {value!r:.200}. Call `advance()` to end "
-        "a phase early, or create another optimizer and load what this one saved."
+        f"`{name}` of a `SequentialOptimizer` cannot be changed. Received: "
+        f"{value!r:.200}. Call `advance()` to end a phase early, or load what this "
+        "optimizer saved into another one."
     )

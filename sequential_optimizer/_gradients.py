@@ -20,12 +20,10 @@ def check_gradients(grads: Sequence[Any], variables: Sequence[Any]) -> None:
     missing = sum(gradient is None for gradient in grads)
     if len(grads) != len(variables) or missing == len(grads):
         raise ValueError(
-            "`grads` must have one entry for each variable of `trainable_variables`, "
-            "which must be passed while the optimizer is not built, and a gradient for "
-            f"at least one. Received: {len(grads)} gradients, {missing} times `None`, "
-            f"for {len(variables)} variables. Pass `None` for a variable without a "
-            "gradient, and check that the loss depends on the variables and is "
-            "computed inside the `tf.GradientTape`."
+            "`grads` must have one entry for each variable, and at least one gradient. "
+            f"Received: {len(grads)} gradients, {missing} times `None`, for "
+            f"{len(variables)} variables. Pass `trainable_variables` at the first call,"
+            " and compute a loss that depends on them inside the `tf.GradientTape`."
         )
 
 

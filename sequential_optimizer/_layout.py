@@ -8,12 +8,10 @@ have must be the same (class with its module, name, variables), in the same orde
 or fewer at the end is fine, with a warning. Anything else is refused, and changes
 nothing.
 
-A name that Keras made up (`adam_1`) is ignored, because it depends on what else the
-process created. Unnamed children of one class are told apart by the settings that they
-were created with; if those were edited *and* the children moved, nothing tells them
-apart. So name them: `Adam(1e-4, name="late")`. Layers are told apart by their paths,
-where Keras' numbers count only relative to the lowest of a class. If the model comes to
-train different layers of the same shapes, name the layers, too.
+A name that Keras made up (`adam_1`) counts as none, because it depends on what else the
+process created; so only one child of a class may go without a name of its own. Layers
+are told apart by their paths, where Keras' numbers count only relative to the lowest of
+a class. If the model comes to train different layers of the same shapes, name them.
 """
 
 import base64
@@ -100,33 +98,16 @@ def _check_rule(saved: Layout, now: Layout) -> None:
                 f"Received: {_described(saved)}, now {_described(now)}, with another "
                 f"{what} of {which}: {before[what]!s:.200}, now {current[what]!s:.200}."
                 " Load it into the sequence that was saved, and build the new one from "
-                "its children. Before you edit one of several children of a class, "
-                'give each a `name`, such as "late"; before you move a class, register '
-                "it with `keras.saving.register_keras_serializable`."
+                "its children."
             )
 
 
 def _difference(prefix: str, saved: Layout, now: Layout) -> str | None:
     """Returns what shows that an optimizer is not the saved one, or `None`."""
     before, current = (one["optimizers"][prefix] for one in (saved, now))
-    if prefix and before["class"] != current["class"]:
-        return "class"
-    both_named = before["name"] is not None and current["name"] is not None
-    if prefix and both_named and before["name"] != current["name"]:
-        return "name"
-    if before["settings"] == current["settings"]:
-        return None
-    # The state of a sequence depends on them. A child's may be edited, unless this
-    # could be another child of the same class.
-    old, new = (_settings_of_all(one, current["class"]) for one in (saved, now))
-    has_moved = before["settings"] in new or current["settings"] in old
-    is_unclear = not both_named and (has_moved or len(old) != len(new))
-    return "settings" if current["phases"] or is_unclear else None
-
-
-def _settings_of_all(layout: Layout, of_class: str) -> list[Any]:
-    optimizers = layout["optimizers"].values()
-    return [one["settings"] for one in optimizers if one["class"] == of_class]
+    # The name of the whole is the user's, and the settings of a child may be edited.
+    telling = ["class", "name"] * bool(prefix) + ["settings"] * bool(current["phases"])
+    return next((what for what in telling if before[what] != current[what]), None)
 
 
 def _described(layout: Layout) -> str:
@@ -243,10 +224,9 @@ def check_by_position(saved: Layout, now: Layout) -> None:
     is_whole = not has_trained or not _without(saved["arrays"], saved, now)
     if not (is_whole and _is_same_order(saved, now)):
         raise ValueError(
-            "A checkpoint must be of the same variables, trained in the same order, "
-            "because TensorFlow tells them apart by that order. Received: "
-            f"{_listed(saved)}, now {_listed(now)}. Restore into a new optimizer for "
-            "the model as it was."
+            "A checkpoint must be of the same variables, trained in the same order, by "
+            f"which TensorFlow tells them apart. Received: {_listed(saved)}, now "
+            f"{_listed(now)}. Restore into a new optimizer for the model as it was."
         )
 
 

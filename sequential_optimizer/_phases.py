@@ -47,12 +47,10 @@ class Phases:
             or not all(map(_may_follow, boundaries, [0, *boundaries]))
         ):
             raise ValueError(
-                "`boundaries` must be a list of integers and `None`, with one entry "
-                "fewer than `optimizers`. Each entry must be an integer or `None`; the "
-                "integers must be >= 1, fit int64, be strictly increasing, and may not "
-                f"follow a `None`. Received: boundaries={boundaries!r} for "
-                f"{len(child_of_phase)} optimizers. Count updates (steps) from the "
-                "start of training, as in `boundaries=[10_000]`."
+                "`boundaries` must be a list with one entry fewer than `optimizers`: "
+                "strictly increasing integers >= 1 that fit int64, then any number of "
+                f"`None`. Received: boundaries={boundaries!r}, {len(child_of_phase)} "
+                "optimizers. Count updates (steps) from the start of training."
             )
         parsed = tuple(b if b is None else int(b) for b in boundaries)
         return cls(parsed, child_of_phase)

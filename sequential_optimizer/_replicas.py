@@ -21,8 +21,7 @@ def check_accumulation(steps: int | None) -> None:
     if not isinstance(tf.distribute.get_strategy(), tf.distribute.OneDeviceStrategy):
         raise ValueError(
             "`gradient_accumulation_steps` must be `None` under a strategy that may "
-            "have several replicas or workers, because what each of them has "
-            "accumulated would be lost when the optimizer is saved. "
+            "have several replicas or workers, because saving would lose their sums. "
             f"Received: gradient_accumulation_steps={steps} {_strategy_in_words()}. "
             "Use a larger batch, or a strategy of one device."
         )
@@ -43,8 +42,7 @@ def check_strategy(optimizers: Sequence[Any]) -> None:
         raise ValueError(
             "A `SequentialOptimizer` and its children must be created and built under "
             f"the strategy that they run in. Received: `{optimizers[0].name}`, created "
-            f"elsewhere, {_strategy_in_words()}. Create the model and all optimizers, "
-            "and build them, inside of `with strategy.scope():`."
+            f"elsewhere, {_strategy_in_words()}. Use `with strategy.scope():`."
         )
 
 
@@ -87,11 +85,10 @@ def once_across_replicas(function: Callable[..., None], *args: Any) -> None:
             raise
         raise RuntimeError(
             "The replicas of a `tf.distribute` strategy must update an optimizer, "
-            "call `advance()` or set `learning_rate` together, and not in a "
-            "conditional, a loop or a `tf.function` inside of a replica. "
-            f"Received: a call in `{tf.compat.v1.get_default_graph().name}` of one "
-            "replica. Put the condition or the loop around `strategy.run(...)`, on "
-            "a value that `strategy.reduce(...)` returns."
+            "call `advance()` or set `learning_rate` together, not in a conditional, a "
+            "loop or a `tf.function` inside of one replica. Received: a call in "
+            f"`{tf.compat.v1.get_default_graph().name}`. Put the condition or the loop "
+            "around `strategy.run(...)`, on what `strategy.reduce(...)` returns."
         ) from error
 
 

@@ -32,6 +32,7 @@ import numpy as np
 import tensorflow as tf
 
 from sequential_optimizer import _keras, _layout
+from sequential_optimizer._children import given_name
 from sequential_optimizer._layout import VERSION, Layout
 
 _MAX_LAYOUT = 2**25  # bytes; 100,000 variables take less
@@ -62,16 +63,11 @@ def _is_sequence(optimizer: Any) -> bool:
     return hasattr(optimizer, STATE)
 
 
-def _tree(optimizer: Any, settings: Any = None) -> Iterator[tuple[str, Any, Any]]:
-    """Yields an optimizer and, if it is a sequence, all its children.
-
-    Each comes with the prefix of its keys and the settings that it was created with.
-    """
-    yield "", optimizer, settings
-    state: Any = getattr(optimizer, STATE, None)
-    for i, child in enumerate(optimizer.children if state else ()):
-        for prefix, one, its_settings in _tree(child, state.settings[i]):
-            yield f"children/{i}/{prefix}", one, its_settings
+def _tree(optimizer: Any) -> Iterator[tuple[str, Any]]:
+    """Yields an optimizer and, if it is a sequence, its children, with key prefixes."""
+    yield "", optimizer
+    for i, child in enumerate(optimizer.children if _is_sequence(optimizer) else ()):
+        yield from ((f"children/{i}/{prefix}", one) for prefix, one in _tree(child))
 
 
 def parts(optimizer: Any, seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
@@ -81,7 +77,7 @@ def parts(optimizer: Any, seen: set[int] | None = None) -> Iterator[tuple[str, A
     they are, but a SequentialOptimizer, a layer or a metric as an `_Own`.
     """
     seen = set() if seen is None else seen
-    for prefix, one, _ in _tree(optimizer):
+    for prefix, one in _tree(optimizer):
         for inner, part in _parts_of(one, seen):
             yield prefix + inner, part
 
@@ -150,17 +146,10 @@ def _class_of(optimizer: Any) -> str:
     return registered if ">" in registered else f"{module}>{cls.__qualname__}"
 
 
-def _name_of(optimizer: Any) -> str | None:
-    """Returns the name, or `None` if Keras may have made it up (`adam_1`)."""
-    names = optimizer.name, type(optimizer).__name__
-    plain = {re.sub(r"_|\d+$", "", name).lower() for name in names}
-    return optimizer.name if len(plain) > 1 else None
-
-
 def _settings_of(optimizer: Any) -> dict[str, Any]:
-    """Returns the config of an optimizer in JSON's types, without any names."""
+    """Returns the config of an optimizer in JSON's types, without names and rates."""
     if _is_sequence(optimizer):
-        # Its children have their own, and its boundaries may change.
+        # Its boundaries may change, and its children have their own.
         return {
             "use_ema": bool(optimizer.use_ema),
             "gradient_accumulation_steps": optimizer.gradient_accumulation_steps,
@@ -173,7 +162,9 @@ def _settings_of(optimizer: Any) -> dict[str, Any]:
     except Exception:  # noqa: BLE001
         # A user's class without a config can still be trained and saved.
         return {}
-    return json.loads(text, object_hook=lambda c: {k: c[k] for k in c if k != "name"})
+    # Keras makes up names, and callbacks change the rate.
+    out = "name", "learning_rate"
+    return json.loads(text, object_hook=lambda c: {k: c[k] for k in c if k not in out})
 
 
 def _trained_by(optimizer: Any) -> list[list[str]]:
@@ -297,8 +288,6 @@ class SavedState(tf.train.experimental.PythonState):
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
-        # What the children were created with; a config says what they have now.
-        self.settings = [_settings_of(child) for child in optimizer.children]
         self.notes: Arrays = {}
         # What was loaded before `build` created the variables for it.
         self._held: Arrays | None = None
@@ -313,12 +302,12 @@ class SavedState(tf.train.experimental.PythonState):
         arrays: dict[str, Any] = {}
         trained = _trained_by(self._optimizer)
         seen: set[int] = set()  # What several children share is saved with the first.
-        for of, one, settings in _tree(self._optimizer, _settings_of(self._optimizer)):
+        for of, one in _tree(self._optimizer):
             phases: Any = []
             if _is_sequence(one):
                 phases = zip(one.child_of_phase, one.phase_starts.tolist(), strict=True)
-            optimizers[of] = {"class": _class_of(one), "name": _name_of(one)}
-            optimizers[of] |= {"settings": settings, "phases": list(phases)}
+            optimizers[of] = {"class": _class_of(one), "name": given_name(one)}
+            optimizers[of] |= {"settings": _settings_of(one), "phases": list(phases)}
             for prefix, part in _parts_of(one, seen):
                 for key, (name, shape) in _names_and_shapes(part, trained).items():
                     arrays[of + prefix + key] = [of, name and prefix + name, shape]
@@ -357,8 +346,7 @@ class SavedState(tf.train.experimental.PythonState):
             raise ValueError(
                 "An optimizer must be built before `set_weights`, and `weights` must "
                 f"have one array for each of its {len(variables)} variables. Received: "
-                f"{len(arrays)} arrays. Use those of an optimizer with the same "
-                "children, built on the same variables."
+                f"{len(arrays)} arrays. Use those of one with the same children."
             )
         pairs = list(zip(variables, arrays, strict=True))
         for variable, array in pairs:
@@ -422,7 +410,7 @@ class SavedState(tf.train.experimental.PythonState):
 
     def _set_starts(self, saved: Layout) -> None:
         """Sets `phase_starts`, those of sequences among the children included."""
-        for prefix, one, _ in _tree(self._optimizer):
+        for prefix, one in _tree(self._optimizer):
             before = saved["optimizers"].get(prefix)
             if before and _is_sequence(one):
                 phases = [*before["phases"], *[[None, -1]] * len(one.child_of_phase)]
@@ -521,8 +509,7 @@ class SavedState(tf.train.experimental.PythonState):
             raise ValueError(
                 "State loaded into a `SequentialOptimizer` must have been saved from "
                 f"one. Received: {what}. To continue from another optimizer, load its "
-                "state into one of its class, and pass that as the first of "
-                "`optimizers`."
+                "state into one of its class, and pass that as the first child."
             )
         name = self._optimizer.name
         warnings.warn(f"Skipping variable loading for `{name}`: {what}.", stacklevel=4)

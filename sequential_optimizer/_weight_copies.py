@@ -65,13 +65,11 @@ def find_copies(child: Any, starts_later: bool) -> list[tuple[Any, Pairs]]:
             found.append((optimizer, pairs))
         if stale and starts_later and not _keras.call_count(optimizer).numpy():
             warnings.warn(
-                "What the `build` of an optimizer in a SequentialOptimizer takes from "
-                "the weights must be copies of them, so that they can be taken again "
-                f"when its phase starts. Received: `{optimizer.name}`, {reason}. By "
-                f"then {len(stale)} of its variables may be out of date: {stale[:3]}. "
-                "Set them in the first update, where `iterations` is 0, or copy the "
-                "weights, in a class that `from_config` makes from what `get_config` "
-                "returns.",
+                "What an optimizer's `build` takes from the weights must be copies of "
+                "them, which can be taken again when its phase starts. Received: "
+                f"`{optimizer.name}`, {reason}. By then {len(stale)} of its variables "
+                f"may be out of date: {stale[:3]}. Set them in the first update, where "
+                "`iterations` is 0, or copy the weights, in a class with a config.",
                 stacklevel=3,
             )
     return found

@@ -1,10 +1,9 @@
 """The optimizer that hands each update to the child of the current phase."""
 
 import contextlib
-import copy
-import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Self
 
 import keras
@@ -85,7 +84,9 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             (`"adam"`, a config). One instance may appear several times: it then
             continues with its own state, and costs one branch and one set of
             variables. An instance that is already built is accepted if it was built
-            on the same variables, and keeps its state.
+            on the same variables, and keeps its state. Children have different names,
+            and of each class only one the name that Keras makes, because saved state
+            is told apart by them: `[Adam(), Adam(1e-4, name="late")]`.
         boundaries: list with one entry fewer than `optimizers`. An `int` >= 1 is the
             number of updates, counted from the start of training, after which the
             next phase starts; with `None` only `advance()` starts it. The integers
@@ -106,9 +107,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             `tf.distribute` strategy that may have several replicas or workers.
 
     Raises:
-        ValueError: if an argument breaks one of the rules above, if two different
-            children have the same name, or if a child is a `LossScaleOptimizer` or
-            has a `loss_scale_factor`.
+        ValueError: if an argument breaks one of the rules above, or if a child is a
+            `LossScaleOptimizer` or has a `loss_scale_factor`.
     """
 
     # --- construct -----------------------------------------------------------
@@ -225,9 +225,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         """
         if not tf.executing_eagerly():
             raise RuntimeError(
-                "`active_child()` must be called outside of a `tf.function`, because "
-                "the phase has no Python value while a graph is traced. Use the "
-                "tensor `phase` in the graph instead."
+                "`active_child()` must be called outside of a `tf.function`, in which "
+                "the phase has no Python value. Use the tensor `phase` there."
             )
         return self.children[int(self._phases.child(self.phase))]
 
@@ -473,10 +472,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
 
     def _switch(self, phase: tf.Tensor, branch: Callable[[int], Any]) -> Any:
         """Runs `branch` on the index of the child of `phase`, in the graph."""
-        return switch_case(
-            self._phases.child(phase),
-            [functools.partial(branch, i) for i in range(len(self.children))],
-        )
+        branches = [partial(branch, i) for i in range(len(self.children))]
+        return switch_case(self._phases.child(phase), branches)
 
     def _update_averages(self) -> None:
         _keras.update_averages(self)
@@ -497,14 +494,12 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         """
         variables = list(var_list)
         if self.use_ema:
-            finalize = functools.partial(super().finalize_variable_values, variables)
+            finalize = partial(super().finalize_variable_values, variables)
             # Before the first update the average is zero.
             tf.cond(tf.greater(self.iterations, 0), finalize, lambda: None)
             return
-        branches: list[Callable[[], None]] = [
-            functools.partial(child.finalize_variable_values, variables)
-            for child in self.children
-        ]
+        methods = [child.finalize_variable_values for child in self.children]
+        branches: list[Any] = [partial(method, variables) for method in methods]
         branches.append(lambda: None)  # for no child, or one that was dropped since
         switch_case(tf.cast(self._last_child, tf.int32), branches)
 
@@ -514,14 +509,13 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         """Returns a dict from which `from_config` creates the optimizer, without state.
 
         `optimizers` holds each child once, `child_of_phase` the index of each phase's
-        child, and `settings` what the children were first created with.
+        child.
         """
         base, skipped = super().get_config(), _children.CHILD_SETTINGS
         return {
             **{key: value for key, value in base.items() if key not in skipped},
             "optimizers": list(map(keras.saving.serialize_keras_object, self.children)),
             "child_of_phase": list(self.child_of_phase),
-            "settings": self._saved_state.settings,
             "boundaries": list(self.boundaries),
         }
 
@@ -540,13 +534,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         if cls is not SequentialOptimizer and "optimizers" not in config:
             return cls(**config)  # A subclass with its own arguments and config.
         optimizers = _children.from_config(config, custom_objects)
-        ours = {"optimizers", "child_of_phase", "settings"}
-        arguments = {key: config[key] for key in config.keys() - ours}
-        optimizer = cls(optimizers, **arguments)
-        settings = config.get("settings")
-        if isinstance(settings, list) and len(settings) == len(optimizer.children):
-            optimizer._saved_state.settings = copy.deepcopy(settings)
-        return optimizer
+        ours = {"optimizers", "child_of_phase"}
+        return cls(optimizers, **{key: config[key] for key in config.keys() - ours})
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Sets the values of `variables`, those of the children included.

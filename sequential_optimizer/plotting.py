@@ -75,12 +75,10 @@ def plot_history(
     # Keras counts epochs from 0 in `History.epoch`, and from 1 on the screen.
     epochs = [epoch + 1 for epoch in getattr(history, "epoch", range(len(phases)))]
     edges = [epochs[0] - 0.5, *(epoch + 0.5 for epoch in epochs)]
-    if ax is None:
-        ax = plt.subplots(layout="constrained")[1]
+    ax = ax or plt.subplots(layout="constrained")[1]
     for metric in metrics:
         ax.plot(epochs, columns[metric], marker=".", label=metric)
-    ax.set_xlabel("epoch")
-    ax.set_xlim(edges[0], edges[-1])
+    ax.set(xlabel="epoch", xlim=(edges[0], edges[-1]))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     begins = _begins_of_phases(phases, edges, columns.get("iterations", []), sequence)
     _shade_phases(ax, begins, names)
@@ -91,22 +89,14 @@ def plot_history(
 
 
 def _check_columns(columns: Mapping[str, Any], needed: Sequence[str]) -> None:
-    missing = [column for column in needed if column not in columns]
-    if missing:
+    found = {column: len(columns.get(column, [])) for column in needed}
+    if 0 in found.values() or len(set(found.values())) > 1:
         raise ValueError(
-            f"`history` must have the columns {list(needed)}. Received: "
-            f"{sorted(columns)}, without {', '.join(map(repr, missing))}. Train with "
-            "`callbacks=[PhaseLogger()]`, and pass metrics that you compiled."
+            "`history` must have a value for each epoch in every column to plot. "
+            f"Received: the columns {sorted(columns)}, with {found} values of those to "
+            "plot. Train with `callbacks=[PhaseLogger()]`, compile the metrics, and "
+            "validate in each epoch, or leave the column out."
         )
-    epochs = len(columns["phase"])
-    for column in needed:
-        if not len(columns[column]) == epochs > 0:
-            raise ValueError(
-                "`history` must have a value of each column for each epoch, and at "
-                f"least one. Received: {epochs or 'a history of no'} epochs and "
-                f"{len(columns[column])} values of `{column}`. Plot it after `fit` has "
-                "run with `validation_freq=1`, or leave the column out."
-            )
 
 
 def _names(names: Sequence[str] | None, sequence: Any, count: int) -> Sequence[str]:

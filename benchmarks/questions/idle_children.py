@@ -97,7 +97,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 def make_sequence(kinds: Sequence[str]) -> SequentialOptimizer:
     """Returns a sequence with a child of each kind, and very long phases."""
-    children = [OPTIMIZERS[kind](name=f"{kind}_{i}") for i, kind in enumerate(kinds)]
+    children = [OPTIMIZERS[k](name=f"{k}_child_{i}") for i, k in enumerate(kinds)]
     return SequentialOptimizer(
         children, [LONG * (i + 1) for i in range(len(kinds) - 1)]
     )

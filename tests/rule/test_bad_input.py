@@ -64,6 +64,15 @@ def test_two_children_with_one_name():
         SequentialOptimizer(children, [3])
 
 
+# Keras numbers the names that it makes in each process: a restarted program that
+# dropped the first of two Adams once loaded its state into the second.
+@pytest.mark.parametrize("names", [(None, None), ("adam_1", "adam_2"), ("adam", None)])
+def test_two_children_that_only_a_number_tells_apart(names):
+    children = [keras.optimizers.Adam(name=name) for name in names]
+    with refuses("only one may have a name that Keras makes"):
+        SequentialOptimizer(children, [3])
+
+
 def test_child_with_the_name_of_the_parent():
     with refuses("different names"):
         SequentialOptimizer([keras.optimizers.Adam(name="same")], [], name="same")
@@ -143,7 +152,7 @@ def test_no_gradient_for_any_variable():
 
 def test_unbuilt_apply_without_variables():
     optimizer = SequentialOptimizer(["adam", "sgd"], [3])
-    with refuses("`trainable_variables`", "not built"):
+    with pytest.raises(ValueError, match="Pass `trainable_variables` at"):
         optimizer.apply(make_gradients(make_variables(), 1)[0])
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sequential_optimizer import SequentialOptimizer
 from sequential_optimizer._phases import Phases
+from tests.helpers.errors import refuses
 from tests.helpers.oracle import make_gradients, make_variables
 
 
@@ -85,39 +86,23 @@ def test_child_of_a_repeated_phase():
     assert [int(phases.child(tf.constant(k))) for k in range(4)] == [0, 1, 0, 2]
 
 
+# One message has all parts of the rule.
+RULE = "one entry fewer .* strictly increasing integers >= 1 .* int64, then .* `None`"
+
+
 @pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ([1, 2], "one entry fewer"),
-        ([], "one entry fewer"),
-        (3, "list of integers"),
-        (None, "list of integers"),
-        ("3", "list of integers"),
-        ([1.0], "must be an integer"),
-        (["1"], "must be an integer"),
-        ([True], "must be an integer"),
-        ([0], ">= 1"),
-        ([-4], ">= 1"),
-        ([2**63], "fit int64"),
-    ],
+    "values",
+    [[1, 2], [], 3, None, "3", [1.0], ["1"], [True], [0], [-4], [2**63]],
+    ids=str,
 )
-def test_bad_boundary_is_refused(values, message):
-    with pytest.raises(ValueError, match=message) as error:
+def test_bad_boundary_is_refused(values):
+    with refuses("`boundaries`", RULE):
         SequentialOptimizer(["adam", "sgd"], values)
-    assert "`boundaries`" in str(error.value)
-    assert "Received: " in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ([5, 5], "strictly increasing"),
-        ([5, 4], "strictly increasing"),
-        ([None, 5], "may not follow a `None`"),
-    ],
-)
-def test_boundaries_out_of_order_are_refused(values, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("values", [[5, 5], [5, 4], [None, 5]], ids=str)
+def test_boundaries_out_of_order_are_refused(values):
+    with refuses("`boundaries`", RULE):
         SequentialOptimizer(["adam", "sgd", "rmsprop"], values)
 
 

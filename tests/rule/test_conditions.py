@@ -216,7 +216,7 @@ def below_each(rule, thresholds):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_each_phase_may_have_a_threshold_of_its_own(setting):
+def test_each_phase_may_have_its_own_threshold(setting):
     thresholds = [2.0, 0.5]
     plain = [*make_children(), keras.optimizers.RMSprop(0.01)]
     phase = 0

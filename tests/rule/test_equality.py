@@ -107,7 +107,7 @@ def test_three_phases(mode):
     check(make_phases, [2, 4], mode)
 
 
-def test_child_that_comes_back_goes_on_with_its_own_state(mode):
+def test_child_that_comes_back_continues_with_its_state(mode):
     def make_phases():
         first, second = adam_then_sgd()
         return [first, second, first]
@@ -300,7 +300,7 @@ def test_sequence_in_a_multi_optimizer(mode):
     assert_same(history, [a + b for a, b in zip(first, second, strict=True)])
 
 
-def test_steps_that_loss_scaling_skips_count_for_nobody(mode):
+def test_steps_that_loss_scaling_skips_are_not_counted(mode):
     ours, theirs = make_variables(), make_variables()
     gradients = make_gradients(ours, 6)
     sequence = SequentialOptimizer(adam_then_sgd(), [BOUNDARY])

@@ -23,9 +23,9 @@ from tests.helpers.saving import build, make_model
 from tests.helpers.saving_ways import WAYS
 
 # The warning is meant for people; here a child may well follow itself.
-pytestmark = pytest.mark.filterwarnings("ignore:A boundary between two phases of one")
+pytestmark = pytest.mark.filterwarnings("ignore:A boundary between phases of one")
 
-# Two of the same class, which a file tells apart by their order only.
+# Two of the same class, which a file tells apart by their names only.
 KINDS = {
     "adam": lambda: keras.optimizers.Adam(0.05, name="adam"),
     "sgd": lambda: keras.optimizers.SGD(0.02, momentum=0.9, name="sgd"),

@@ -22,46 +22,25 @@ def config_with(**changes):
 
 CHILD = keras.saving.serialize_keras_object(keras.optimizers.Adam())
 WRONG = {
-    "none": (None, "`config` must be a dict"),
-    "list": ([], "`config` must be a dict"),
-    "empty": ({}, "`config` must be a dict"),
-    "no_list": (config_with(optimizers="adam"), "`config` must be a dict"),
-    "no_children": (config_with(optimizers=[]), "`config` must be a dict"),
+    "none": (None, "`config` must have"),
+    "list": ([], "`config` must have"),
+    "empty": ({}, "`config` must have"),
+    "no_list": (config_with(optimizers="adam"), "`config` must have"),
+    "no_children": (config_with(optimizers=[]), "`config` must have"),
     "no_optimizer": (config_with(optimizers=[CHILD, 3]), "Each entry of `optimizers`"),
     "nothing": (config_with(optimizers=[CHILD, None]), "Each entry of `optimizers`"),
     "no_config": (config_with(optimizers=[CHILD, {}]), "Each entry of `optimizers`"),
-    "phases_no_list": (
-        config_with(child_of_phase="01"),
-        "`child_of_phase` in a config",
-    ),
-    "phases_of_text": (
-        config_with(child_of_phase=["0", "1"]),
-        "`child_of_phase` in a config",
-    ),
-    "phases_of_bool": (
-        config_with(child_of_phase=[False, True]),
-        "`child_of_phase` in a config",
-    ),
-    "phase_too_high": (
-        config_with(child_of_phase=[0, 2]),
-        "`child_of_phase` in a config",
-    ),
-    "phase_negative": (
-        config_with(child_of_phase=[0, -1]),
-        "`child_of_phase` in a config",
-    ),
-    "child_without_phase": (
-        config_with(child_of_phase=[0, 0]),
-        "`child_of_phase` in a config",
-    ),
-    "nested_phases": (
-        config_with(child_of_phase=[[0], [1]]),
-        "`child_of_phase` in a config",
-    ),
+    "phases_no_list": (config_with(child_of_phase="01"), "`config` must have"),
+    "phases_of_text": (config_with(child_of_phase=["0", "1"]), "`config` must have"),
+    "phases_of_bool": (config_with(child_of_phase=[False, True]), "`config` must have"),
+    "phase_too_high": (config_with(child_of_phase=[0, 2]), "`config` must have"),
+    "phase_negative": (config_with(child_of_phase=[0, -1]), "`config` must have"),
+    "child_without_phase": (config_with(child_of_phase=[0, 0]), "`config` must have"),
+    "nested_phases": (config_with(child_of_phase=[[0], [1]]), "`config` must have"),
     "boundary_missing": (config_with(boundaries=[]), "one entry fewer"),
-    "boundary_text": (config_with(boundaries=["3"]), "must be an integer or `None`"),
-    "boundaries_text": (config_with(boundaries="3"), "must be a list of integers"),
-    "boundary_nan": (config_with(boundaries=[float("nan")]), "must be an integer"),
+    "boundary_text": (config_with(boundaries=["3"]), "strictly increasing"),
+    "boundaries_text": (config_with(boundaries="3"), "strictly increasing"),
+    "boundary_nan": (config_with(boundaries=[float("nan")]), "strictly increasing"),
     "unknown_argument": (config_with(extra=1), "extra"),
     "child_setting": (config_with(clipnorm=1.0), "`clipnorm` must be set on the child"),
 }

@@ -40,12 +40,12 @@ def _trained_file(tmp_path, optimizer, calls=4):
 
 
 def test_automatic_names_do_not_count(tmp_path):
-    def make(*names):
-        return SequentialOptimizer([_adam(name) for name in names], [BOUNDARY])
+    def make(adam, sgd):
+        return SequentialOptimizer([_adam(adam), _sgd(sgd)], [BOUNDARY])
 
     # Keras counts up within a process: another optimizer came first in the one run.
-    saved, path = _trained_file(tmp_path, make("adam_1", "adam_2"))
-    model = build(make_model(make("adam", "adam_1")))
+    saved, path = _trained_file(tmp_path, make("adam_1", "sgd_2"))
+    model = build(make_model(make("adam", "sgd_1")))
     model.load_weights(path)
     assert_same(state_of(model), state_of(saved))
 

@@ -78,7 +78,7 @@ def _assert_goes_on_like(model, expected):
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_plain_model_from_a_file_goes_on_as_phase_0(tmp_path, name):
+def test_plain_model_from_a_file_continues_as_phase_0(tmp_path, name):
     path = _save_plain(tmp_path, PLAIN[name])
     expected = _plain_states(keras.saving.load_model(path))
     model = keras.saving.load_model(path)
@@ -91,7 +91,7 @@ def test_plain_model_from_a_file_goes_on_as_phase_0(tmp_path, name):
     _assert_goes_on_like(model, expected)
 
 
-def test_plain_model_in_memory_goes_on_as_phase_0(tmp_path):
+def test_plain_model_in_memory_continues_as_phase_0(tmp_path):
     path = _save_plain(tmp_path, PLAIN["adam"])
     expected = _plain_states(keras.saving.load_model(path))
     model = make_model(PLAIN["adam"]())
@@ -99,7 +99,7 @@ def test_plain_model_in_memory_goes_on_as_phase_0(tmp_path):
     _assert_goes_on_like(_migrate(model), expected)
 
 
-def test_plain_checkpoint_goes_on_as_phase_0(tmp_path):
+def test_plain_checkpoint_continues_as_phase_0(tmp_path):
     path = _save_plain(tmp_path, PLAIN["adam"])
     plain = keras.saving.load_model(path)
     checkpoint = tf.train.Checkpoint(model=plain).write(str(tmp_path / "checkpoint"))
@@ -109,11 +109,11 @@ def test_plain_checkpoint_goes_on_as_phase_0(tmp_path):
     _assert_goes_on_like(_migrate(model), expected)
 
 
-def test_refused_plain_file_goes_on_by_the_remedy_of_the_error(tmp_path):
+def test_remedy_for_a_refused_plain_file_works(tmp_path):
     path = _save_plain(tmp_path, PLAIN["adam"])
     expected = _plain_states(keras.saving.load_model(path))
     model = build(make_model(SequentialOptimizer([PLAIN["adam"](), _sgd()], [2])))
-    with pytest.raises(ValueError, match="pass that as the first of `optimizers`"):
+    with pytest.raises(ValueError, match="pass that as the first child"):
         warnings_of(model.load_weights, path)
     model = build(make_model(PLAIN["adam"]()))
     model.load_weights(path)
@@ -151,7 +151,7 @@ def _fit(model, start, stop):
     model.fit(x, y, batch_size=rows, shuffle=False, verbose=0)
 
 
-def test_fit_goes_on_as_phase_0(tmp_path):
+def test_fit_continues_as_phase_0(tmp_path):
     path = _save_plain(tmp_path, PLAIN["adam"])
     plain = keras.saving.load_model(path)
     plain.compile(plain.optimizer, "mse", jit_compile=False)
@@ -172,7 +172,7 @@ def test_fit_goes_on_as_phase_0(tmp_path):
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16"], indirect=True)
-def test_mixed_precision_run_goes_on_with_its_inner_optimizer(tmp_path, policy):
+def test_mixed_precision_run_continues_with_its_inner_optimizer(tmp_path, policy):
     path = _save_plain(tmp_path, PLAIN["adam"])
     plain = keras.saving.load_model(path)
     model = keras.saving.load_model(path)

@@ -160,7 +160,7 @@ def test_asynchronous_workers_switch(chief):
 
 
 @pytest.mark.parametrize("calls", SAVED_AFTER)
-def test_checkpoint_of_the_coordinator_goes_on(chief, calls):
+def test_coordinator_continues_from_its_checkpoint(chief, calls):
     expected = arrays_of(chief, "saved/uninterrupted")
     resumed = arrays_of(chief, f"saved/resumed after {calls}")
     assert resumed.keys() == expected.keys()

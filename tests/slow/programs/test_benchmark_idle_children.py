@@ -100,7 +100,7 @@ def test_copies_are_of_idle_variables_in_a_branch_per_child():
     rows = idle_children.count_copies(
         models.many_variables(4), idle_children.make_sequence(["adam", "sgd"])
     )
-    assert [row["child"] for row in rows] == ["adam_0", "sgd_1"]
+    assert [row["child"] for row in rows] == ["adam_child_0", "sgd_child_1"]
     assert {row["branch"] for row in rows} == {0, 1}
     # Adam has two variables for each weight, SGD one, and both a count and a rate.
     assert [row["idle_variables"] for row in rows] == [4 + 2, 2 * 4 + 2]

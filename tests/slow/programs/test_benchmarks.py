@@ -228,7 +228,7 @@ def test_memory_of_the_sequence_is_that_of_its_children(results):
 
 def always_adam(children=2, boundaries=None):
     """Returns a sequence in which it is Adam's turn in every phase."""
-    adams = [keras.optimizers.Adam(name=f"adam_{i}") for i in range(children)]
+    adams = [keras.optimizers.Adam(name=f"child_{i}") for i in range(children)]
     return SequentialOptimizer(adams, boundaries or [None])
 
 
@@ -418,7 +418,7 @@ def test_environment_holds_no_paths(monkeypatch):
 # --- the terminal and the README ---------------------------------------------
 
 
-def test_all_runs_each_question_in_a_process_of_its_own(monkeypatch, capsys):
+def test_all_runs_each_question_in_its_own_process(monkeypatch, capsys):
     commands = []
 
     def run(command):

@@ -140,7 +140,7 @@ def test_run_moves_to_one_device_and_back(strategy, way, cuts, tmp_path):
 
 @pytest.mark.parametrize("cut", [2, 4])
 @pytest.mark.parametrize("way", WAYS)
-def test_run_goes_on_under_its_strategy(strategy, way, cut, tmp_path):
+def test_run_continues_under_its_strategy(strategy, way, cut, tmp_path):
     replicas = strategy.num_replicas_in_sync
     model = make_model(strategy)
     train(strategy, replicas, model, 0, cut)
@@ -161,7 +161,7 @@ def fit(model, first, last):
     model.fit(X[rows], Y[rows], batch_size=ROWS, shuffle=False, verbose=0)
 
 
-def test_fit_goes_on_with_a_loaded_model(strategy, tmp_path):
+def test_fit_continues_with_a_loaded_model(strategy, tmp_path):
     whole, model = (make_model(strategy, use_ema=False) for _ in range(2))
     fit(whole, 0, UPDATES)
     fit(model, 0, 2)
