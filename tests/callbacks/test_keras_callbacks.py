@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sequential_optimizer import PhaseLogger, SequentialOptimizer
-from tests.helpers.models import make_model, state_of
+from tests.helpers.callbacks import compiled_model
+from tests.helpers.models import state_of
 from tests.helpers.oracle import assert_same, weights_of
 
 EPOCHS = 4
@@ -43,12 +44,6 @@ def wrap(request):
     return request.param
 
 
-def compiled_model(optimizer):
-    model = make_model(1)
-    model.compile(optimizer, loss="mse", jit_compile=False)
-    return model
-
-
 def fit(model, *callbacks, epochs=EPOCHS, y=Y, **kwargs):
     return model.fit(
         X,
@@ -65,7 +60,7 @@ def fit(model, *callbacks, epochs=EPOCHS, y=Y, **kwargs):
 def run(wrap, *callbacks, boundaries=BOUNDARIES, use_ema=False, **kwargs):
     """Fits a model; returns it, its SequentialOptimizer and the history."""
     sequence = SequentialOptimizer(make_children(), boundaries, use_ema=use_ema)
-    model = compiled_model(wrap(sequence))
+    model = compiled_model(wrap(sequence), keras.Sequential, jit_compile=False)
     history = fit(model, *callbacks, **kwargs)
     return model, sequence, history.history
 
@@ -120,7 +115,7 @@ def test_learning_rate_scheduler_equals_two_plain_fits():
     model, sequence, _ = run(as_it_is, scheduler, boundaries=[4, 9])
 
     adam, sgd, rmsprop = make_children()
-    plain = compiled_model(adam)
+    plain = compiled_model(adam, jit_compile=False)
     fit(plain, scheduler, epochs=2)
     plain.compile(sgd, loss="mse", jit_compile=False)
     fit(plain, scheduler, initial_epoch=2)
@@ -185,7 +180,7 @@ def averages_of(weights, momentum=0.99):
 @pytest.mark.parametrize("swap_on_epoch", [False, True])
 def test_swap_ema_weights_validates_the_average(wrap, swap_on_epoch):
     sequence = SequentialOptimizer(make_children(), BOUNDARIES, use_ema=True)
-    model = compiled_model(wrap(sequence))
+    model = compiled_model(wrap(sequence), jit_compile=False)
     weights = EachBatch(lambda: weights_of(model.trainable_variables))
     swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=swap_on_epoch)
     history = fit(model, weights, swap, validation_data=(X, Y)).history
@@ -234,7 +229,7 @@ def test_model_checkpoint_of_the_best_epoch_keeps_its_phase(wrap, tmp_path):
     assert np.argmax(history["loss"]) == 0
 
     sequence = SequentialOptimizer(make_children(), BOUNDARIES)
-    model = compiled_model(wrap(sequence))
+    model = compiled_model(wrap(sequence), jit_compile=False)
     model.optimizer.build(model.trainable_variables)
     model.load_weights(path)
     assert int(sequence.iterations) == UPDATES_PER_EPOCH

@@ -34,10 +34,10 @@ def make_model(*units, features=3, model_class=keras.Sequential):
 
 
 def adam_then_sgd(**kwargs):
-    """Returns two children that keep state."""
+    """Returns two children that keep state, with the names that new Keras gives."""
     return [
-        keras.optimizers.Adam(0.05, **kwargs),
-        keras.optimizers.SGD(0.02, momentum=0.9, **kwargs),
+        keras.optimizers.Adam(0.05, name="adam", **kwargs),
+        keras.optimizers.SGD(0.02, momentum=0.9, name="sgd", **kwargs),
     ]
 
 

@@ -23,24 +23,17 @@ from tests.helpers.oracle import (
 optimizers = keras.optimizers
 
 
-def named_pair():
-    # Keras 3.5 would call the second SGD.
-    adam, sgd = adam_then_sgd()
-    adam.name, sgd.name = "adam", "sgd"
-    return [adam, sgd]
-
-
 # --- what cannot be changed --------------------------------------------------
 
 
 # `optimizer.boundaries = [100]` in the middle of a run was accepted, and the switch
 # came at the old boundary; a child that was put into `children` made no update.
 def test_boundaries_and_children_cannot_be_set():
-    optimizer = SequentialOptimizer(named_pair(), [4])
+    optimizer = SequentialOptimizer(adam_then_sgd(), [4])
     with refuses("`boundaries`", "cannot be changed", error=AttributeError):
         optimizer.boundaries = [100]
     with refuses("`children`", "cannot be changed", error=AttributeError):
-        optimizer.children = named_pair()
+        optimizer.children = adam_then_sgd()
     with pytest.raises(TypeError):
         optimizer.children[1] = optimizers.SGD(0.2)
     assert optimizer.boundaries == (4,)
@@ -49,7 +42,7 @@ def test_boundaries_and_children_cannot_be_set():
 
 # Keras' trainer calls `apply_gradients`, and a sequence the child's `apply`, so the
 # override of this class was ignored.
-def test_child_with_apply_gradients_of_its_own_is_refused():
+def test_child_that_overrides_apply_gradients_is_refused():
     class Halving(optimizers.SGD):
         def apply_gradients(self, grads_and_vars):
             return super().apply_gradients([(g / 2, v) for g, v in grads_and_vars])
@@ -101,7 +94,7 @@ def test_unknown_variables_are_named_by_their_paths():
 
 
 def test_same_instance_twice_in_a_row_warns():
-    adam, sgd = named_pair()
+    adam, sgd = adam_then_sgd()
     with pytest.warns(UserWarning, match=r"changes nothing\. Received: `sgd` twice"):
         SequentialOptimizer([adam, sgd, sgd], [1, 2])
     SequentialOptimizer([adam, sgd, adam], [1, 2])
@@ -169,7 +162,7 @@ def test_advance_under_a_condition(spelling):
 
 
 def test_repr_shows_children_and_boundaries():
-    adam, sgd = named_pair()
+    adam, sgd = adam_then_sgd()
     inner = SequentialOptimizer([sgd, "lion"], [None], name="inner")
     optimizer = SequentialOptimizer([adam, inner, adam], [100, None])
     assert repr(optimizer) == (
