@@ -145,8 +145,8 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         if seen.next_epoch not in (-1, epoch):
             warnings.warn(
                 f"`SwitchOnPlateau` has seen the epochs before {int(seen.next_epoch)}, "
-                f"and epoch {epoch} begins: the run was resumed from a backup made before "
-                "this callback's turn. Put it before the callback that saves.",
+                f"and epoch {epoch} begins: the backup was made before this callback's "
+                "turn. Put it before the callback that saves.",
                 stacklevel=2,
             )
         seen.next_epoch = epoch
