@@ -170,6 +170,10 @@ def cells_for_tuning(settings: Settings, rows: list[dict[str, Any]]) -> list[Cel
 def cells_for_testing(settings: Settings, rows: list[dict[str, Any]]) -> list[Cell]:
     """Returns all contenders, the main ones in both dtypes."""
     cells = []
+    for problem, contender in itertools.product(settings.hard, MAIN):
+        rate = tuned_rate(rows, problem, contender)
+        seeds = range(settings.few_seeds)
+        cells.append(make_cell(settings, problem, contender, rate, seeds))
     for problem in settings.problems:
         for contender in [*PLAIN, *ALONE, *SEQUENCES, *AFTER_ADAM]:
             rate = tuned_rate(rows, problem, contender)
@@ -181,10 +185,6 @@ def cells_for_testing(settings: Settings, rows: list[dict[str, Any]]) -> list[Ce
                         settings, problem, contender, rate, range(count), "float32"
                     )
                 )
-    for problem, contender in itertools.product(settings.hard, MAIN):
-        rate = tuned_rate(rows, problem, contender)
-        seeds = range(settings.few_seeds)
-        cells.append(make_cell(settings, problem, contender, rate, seeds))
     # The slow ones last: there is a result without them before.
     return sorted(cells, key=lambda cell: cell.contender.then == SLOW)
 
