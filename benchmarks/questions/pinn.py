@@ -81,7 +81,7 @@ class Settings:
     steps: int = 4000
     width: int = 21
     depth: int = 3
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     tuning_seeds: int = 3
     seeds: int = 10
     few_seeds: int = 3
