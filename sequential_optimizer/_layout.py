@@ -17,7 +17,6 @@ a class. If the model comes to train different layers of the same shapes, name t
 import base64
 import json
 import warnings
-from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ import numpy as np
 VERSION = 1
 
 # `[x]` is a list of any length, `(x, y)` a list of two, `{str: x}` has any keys.
-# Only a sequence has phases: the child and the start of each.
+# Only a sequence has settings, and phases: the child and the start of each.
 _ENTRY = {"class": str, "name": str | None, "settings": dict, "phases": [(int, int)]}
 FORM: Any = {
     "version": int,
@@ -89,25 +88,20 @@ def _check_form(value: Any, form: Any) -> None:
 def _check_rule(saved: Layout, now: Layout) -> None:
     """Raises unless the optimizers in both layouts are the same."""
     for prefix, current in now["optimizers"].items():
-        before = saved["optimizers"].get(prefix)
-        if before and (what := _difference(prefix, saved, now)):
-            which = f"child {prefix.split('/')[-2]}" if prefix else "the sequence"
-            raise ValueError(
-                "The children that a saved `SequentialOptimizer` and this one both "
-                "have must be the same (class, name, variables), in the same order. "
-                f"Received: {_described(saved)}, now {_described(now)}, with another "
-                f"{what} of {which}: {before[what]!s:.200}, now {current[what]!s:.200}."
-                " Load it into the sequence that was saved, and build the new one from "
-                "its children."
-            )
-
-
-def _difference(prefix: str, saved: Layout, now: Layout) -> str | None:
-    """Returns what shows that an optimizer is not the saved one, or `None`."""
-    before, current = (one["optimizers"][prefix] for one in (saved, now))
-    # The name of the whole is the user's, and the settings of a child may be edited.
-    telling = ["class", "name"] * bool(prefix) + ["settings"] * bool(current["phases"])
-    return next((what for what in telling if before[what] != current[what]), None)
+        before = saved["optimizers"].get(prefix, current)
+        which = f"child {prefix.split('/')[-2]}" if prefix else "the sequence"
+        # The name of the whole is the user's.
+        for what in ["class", "name"] * bool(prefix) + ["settings"]:
+            was, is_now = before[what], current[what]
+            if was != is_now:
+                raise ValueError(
+                    "The children that a saved `SequentialOptimizer` and this one both "
+                    "have must be the same (class, name, variables), in the same "
+                    f"order. Received: {_described(saved)}, now {_described(now)}, "
+                    f"with another {what} of {which}: {was!s:.200}, now {is_now!s:.200}"
+                    ". Load it into the sequence that was saved, and build the new one "
+                    "from its children."
+                )
 
 
 def _described(layout: Layout) -> str:
@@ -120,9 +114,6 @@ def _described(layout: Layout) -> str:
 def keys_for(saved: Layout, now: Layout) -> dict[str, str] | None:
     """Returns each array's key in the saved layout, or `None` to start afresh.
 
-    A child that creates variables in its first update may have them in only one of the
-    layouts. Then none of its keys is returned.
-
     Raises:
         ValueError: if what was saved must not be loaded.
     """
@@ -131,24 +122,21 @@ def keys_for(saved: Layout, now: Layout) -> dict[str, str] | None:
     if not in_order and not (_are_same_weights(saved, now) and _names_tell(saved, now)):
         return None
     keys: dict[str, str] = {}
+    # An optimizer that is not built has only some of its variables.
+    both_built = saved["trained"] and now["trained"]
     for prefix in saved["optimizers"].keys() & now["optimizers"].keys():
-        before, current = (one["optimizers"][prefix] for one in (saved, now))
         old, new = (_arrays_of(one, prefix, not in_order) for one in (saved, now))
         common = old.keys() & new.keys()
-        # An optimizer that is not built has only some of its variables.
-        is_whole = old.keys() == new.keys() or not (saved["trained"] and now["trained"])
-        is_part = common in (old.keys(), new.keys())
-        makes_later = is_part and before["settings"] == current["settings"]
-        fits = all(old[name][1] == new[name][1] for name in common)
-        if not fits or not (is_whole or makes_later):
+        same_shapes = all(old[name][1] == new[name][1] for name in common)
+        if not same_shapes or (both_built and old.keys() != new.keys()):
+            child = now["optimizers"][prefix]
             raise ValueError(
                 "The variables of an optimizer must be those that were saved. "
                 f"Received: {len(old)} arrays for {len(new)} variables of "
-                f"`{current['name'] or current['class']}`, or other shapes. Create it "
-                "with the arguments that it was saved with."
+                f"`{child['name'] or child['class']}`, or other shapes. Create it with "
+                "the arguments that it was saved with, and all variables in `build`."
             )
-        if is_whole:
-            keys |= {new[name][0]: old[name][0] for name in common}
+        keys |= {new[name][0]: old[name][0] for name in common}
     return keys
 
 
@@ -211,18 +199,12 @@ def _listed(layout: Layout) -> str:
     return some if paths else "none, saved before the optimizer was built"
 
 
-def _without(keys: Collection[str], saved: Layout, now: Layout) -> set[str]:
-    """Returns the optimizers in both layouts that have an array outside `keys`."""
-    left = {of for key, (of, _, _) in now["arrays"].items() if key not in keys}
-    return left & saved["optimizers"].keys()
-
-
 def check_by_position(saved: Layout, now: Layout) -> None:
     """Raises unless TensorFlow will put all variables where they belong."""
     keys_for(saved, now)
     has_trained = max(start for _, start in now["optimizers"][""]["phases"]) >= 0
-    is_whole = not has_trained or not _without(saved["arrays"], saved, now)
-    if not (is_whole and _is_same_order(saved, now)):
+    # What was saved before `build` would reset the counters, and no more.
+    if (has_trained and not saved["trained"]) or not _is_same_order(saved, now):
         raise ValueError(
             "A checkpoint must be of the same variables, trained in the same order, by "
             f"which TensorFlow tells them apart. Received: {_listed(saved)}, now "
@@ -230,26 +212,21 @@ def check_by_position(saved: Layout, now: Layout) -> None:
         )
 
 
-def warn_of_changes(saved: Layout, now: Layout, keys: Collection[str] | None) -> None:
+def warn_of_changes(saved: Layout, now: Layout, starts_afresh: bool) -> None:
     """Warns of what is not loaded, or stays as it is."""
-    was, is_now, messages = _described(saved), _described(now), []
+    was, is_now = _described(saved), _described(now)
     if was != is_now:
-        messages.append(
+        warnings.warn(
             f"A `SequentialOptimizer` saved with {was} is loaded into one with "
             f"{is_now}. Its iterations, and the children that both have, continue "
-            "where they were; a child that was not saved stays as it is."
+            "where they were; a child that was not saved stays as it is.",
+            stacklevel=2,
         )
-    if keys is None:
-        messages.append(
+    if starts_afresh:
+        warnings.warn(
             "The model does not train the variables that it trained when its optimizer "
             f"was saved: {_listed(saved)}, now {_listed(now)}. The iterations and the "
             "phase are loaded, and every child starts afresh. To load a model without "
-            "its optimizer, pass `compile=False` to `load_model`."
+            "its optimizer, pass `compile=False` to `load_model`.",
+            stacklevel=2,
         )
-    elif saved["trained"] and (left := _without(keys, saved, now)):
-        messages.append(
-            f"Skipping variable loading for {sorted(left)}, because its first update "
-            "makes variables, which were not saved or are not made yet."
-        )
-    for message in messages:
-        warnings.warn(message, stacklevel=2)

@@ -147,24 +147,11 @@ def _class_of(optimizer: Any) -> str:
 
 
 def _settings_of(optimizer: Any) -> dict[str, Any]:
-    """Returns the config of an optimizer in JSON's types, without names and rates."""
-    if _is_sequence(optimizer):
-        # Its boundaries may change, and its children have their own.
-        return {
-            "use_ema": bool(optimizer.use_ema),
-            "gradient_accumulation_steps": optimizer.gradient_accumulation_steps,
-        }
-    try:
-        # Keras warns about a `lambda`, but this config is never loaded.
-        with warnings.catch_warnings(action="ignore"):
-            config = optimizer.get_config()
-            text = json.dumps(config, default=lambda v: type(v).__name__)
-    except Exception:  # noqa: BLE001
-        # A user's class without a config can still be trained and saved.
+    """Returns what must not change between saving and loading, in JSON's types."""
+    if not _is_sequence(optimizer):
         return {}
-    # Keras makes up names, and callbacks change the rate.
-    out = "name", "learning_rate"
-    return json.loads(text, object_hook=lambda c: {k: c[k] for k in c if k not in out})
+    steps = optimizer.gradient_accumulation_steps
+    return {"use_ema": bool(optimizer.use_ema), "gradient_accumulation_steps": steps}
 
 
 def _trained_by(optimizer: Any) -> list[list[str]]:
@@ -291,8 +278,8 @@ class SavedState(tf.train.experimental.PythonState):
         self.notes: Arrays = {}
         # What was loaded before `build` created the variables for it.
         self._held: Arrays | None = None
-        self._restored: Layout | None = None
-        self._checked: Any = None
+        # What a checkpoint holds, and fits; the notes are among it.
+        self._restored: Any = None
         self._refused = False
         self._restore: tuple[Any, bool] = None, False
 
@@ -331,7 +318,7 @@ class SavedState(tf.train.experimental.PythonState):
         """Sets, or checks, what was loaded before there were variables for it."""
         self._refused = True  # unless all of it fits
         if self._restored is not None:
-            _layout.check_by_position(self._restored, self.layout())
+            _layout.check_by_position(self._restored[0], self.layout())
         if self._held is not None:
             self._load(_layout_in(self._held), self._held)
         self._held, self._restored, self._refused = None, None, False
@@ -393,7 +380,7 @@ class SavedState(tf.train.experimental.PythonState):
             for key, variable in _variables_of(part).items():
                 if prefix + key in values:
                     _check_value("The file", values[prefix + key], variable)
-        _layout.warn_of_changes(saved, now, keys)
+        _layout.warn_of_changes(saved, now, starts_afresh=keys is None)
         current = _arrays_in(self._optimizer)
         try:
             self._set(current | values)
@@ -474,15 +461,14 @@ class SavedState(tf.train.experimental.PythonState):
             # TensorFlow will still restore the variables that are created later.
             self._refused = not self._optimizer.built
             raise
-        _layout.warn_of_changes(saved, now, now["arrays"])
-        self._checked = saved, notes
+        _layout.warn_of_changes(saved, now, starts_afresh=False)
+        self._restored = saved, notes
 
     def commit(self) -> None:
         """Sets what `deserialize` has checked."""
-        saved, self.notes = self._checked
+        saved, self.notes = self._restored
         self._set_starts(saved)
-        self._restored = None if self._optimizer.built else saved
-        self._held = self._checked = None
+        self._held = None
 
     def is_foreign(self, name: str, dependencies: Any) -> bool:
         """Whether the checkpoint that is being restored is of another optimizer.

@@ -97,6 +97,7 @@ def _adam_entry(name):
     return {
         "class": "keras>Adam",
         "name": name,
+        "settings": {},
         "phases": [],
     }
 
@@ -137,11 +138,6 @@ def test_layout_in_the_h5_file_stays_as_it_is(tmp_path):
     with h5py.File(tmp_path / "model.weights.h5") as file:
         layout = json.loads(np.asarray(file["optimizer/vars/layout"]).tobytes())
         own = [int(file[f"optimizer/vars/{i}"][()]) for i in range(3)]
-    # They are what Keras says, and Keras may say more.
-    children = [layout["optimizers"][f"children/{i}/"] for i in range(2)]
-    settings = [child.pop("settings") for child in children]
-    assert [one["beta_1"] for one in settings] == [0.9, 0.5]
-    assert not any("name" in one for one in settings)
     assert layout == LAYOUT
     assert own == [BOUNDARY + 1, 0, 1]
 

@@ -567,44 +567,32 @@ def adam_late():
     return SequentialOptimizer([optimizers.Adam(0.05), Late(0.1)], [BOUNDARY])
 
 
-@pytest.mark.parametrize("prepare", [build, lambda model: model])
-def test_child_that_makes_variables_late_stays_as_it_is(tmp_path, prepare):
-    # Nothing that was saved after its first update could be loaded.
-    model = trained(adam_late)
-    model.optimizer.learning_rate = 0.05  # as a callback does
-    model.save_weights(tmp_path / "model.weights.h5")
-    loaded = prepare(make_model(adam_late()))
-    messages = warnings_of(loaded.load_weights, tmp_path / "model.weights.h5")
-    messages += warnings_of(build, loaded)
-    assert len(messages) == 1
-    assert "Skipping variable loading for ['children/1/']" in messages[0]
-    assert int(loaded.optimizer.iterations) == CALLS
-    adam, late = loaded.optimizer.children
-    assert_same(weights_of(adam.variables), state_of(model)[1][4:14])
-    assert int(late.iterations) == 0
-
-
-def test_file_from_before_a_child_made_its_variables(tmp_path):
-    trained(adam_late, BOUNDARY).save_weights(tmp_path / "model.weights.h5")
-    model = trained(adam_late)
-    before = weights_of(model.optimizer.children[1].variables)
-    assert warnings_of(model.load_weights, tmp_path / "model.weights.h5")
-    assert_same(weights_of(model.optimizer.children[1].variables), before)
-
-
-@pytest.mark.parametrize("prepare", [build, lambda model: model])
-def test_checkpoint_resumes_variables_that_are_made_late(tmp_path, prepare):
-    # TensorFlow restores them when they are made; it was refused before.
+def test_variables_that_are_made_late_are_refused(tmp_path):
+    # They look like those of a child that was created with other arguments.
     model = trained(adam_late)
     save_checkpoint(model, tmp_path)
-    loaded = prepare(make_model(adam_late()))
-    tf.train.Checkpoint(model=loaded).read(checkpoint_in(tmp_path))
-    assert_same(train(loaded, CALLS, 6), train(model, CALLS, 6))
+    model.save_weights(tmp_path / "model.weights.h5")
+
+    def load_weights(model):
+        model.load_weights(tmp_path / "model.weights.h5")
+
+    def restore(model):
+        tf.train.Checkpoint(model=model).read(checkpoint_in(tmp_path))
+
+    for load in (load_weights, restore):
+        built, unbuilt = (make_model(adam_late()) for _ in range(2))
+        before = weights_of(build(built).optimizer.variables)
+        with pytest.raises(ValueError, match="and all variables in `build`"):
+            load(built)
+        assert_same(weights_of(built.optimizer.variables), before)
+        load(unbuilt)
+        with pytest.raises(ValueError, match="and all variables in `build`"):
+            build(unbuilt)
 
 
-def test_checkpoint_that_lacks_late_variables_is_refused(tmp_path):
-    # Of that child it would set the counter only.
-    save_checkpoint(trained(adam_late, BOUNDARY), tmp_path)
+def test_checkpoint_of_an_unbuilt_optimizer_does_not_reset_a_run(tmp_path):
+    # It has the counters, and nothing of the children.
+    save_checkpoint(make_model(adam_late()), tmp_path)
     model = trained(adam_late)
     before = state_of(model)
     with pytest.raises(ValueError, match="must be of the same variables"):
