@@ -7,7 +7,7 @@ the rule can be read and tested alone.
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -79,8 +79,6 @@ class Phases:
 
     def child(self, phase: tf.Tensor) -> tf.Tensor:
         """Returns the index of the child of `phase`, a scalar int32 tensor."""
-        if self.child_of_phase == tuple(range(self.last + 1)):
-            return phase
         return tf.gather(tf.constant(self.child_of_phase, tf.int32), phase)
 
     def parse_phase(self, phase: Any) -> int | None:
@@ -109,21 +107,18 @@ class Phases:
         return tf.where(index > phase, tf.constant(-1, tf.int64), starts)
 
 
-class Switch(NamedTuple):
-    """A change of phase: the first `iteration` updates were made before it."""
-
-    iteration: int
-    before: int  # phases
-    after: int
-
-
 def last_started(starts: Iterable[int]) -> int:
     """Returns the last phase that has made an update, or -1."""
     return max((phase for phase, start in enumerate(starts) if start >= 0), default=-1)
 
 
-def switches_between(before: Any, now: Any, iterations_before: int) -> list[Switch]:
+def switches_between(
+    before: Any, now: Any, iterations_before: int
+) -> list[tuple[int, int, int]]:
     """Returns the switches between two looks at `phase_starts`, in order.
+
+    Each as (iteration, phase before, phase after): the first `iteration` updates were
+    made before it.
 
     Args:
         before: `phase_starts` at the first look.
@@ -133,10 +128,10 @@ def switches_between(before: Any, now: Any, iterations_before: int) -> list[Swit
     last, end = last_started(before), last_started(now)
     if 0 <= end < last:
         # A resumed run whose boundaries were raised.
-        return [Switch(iterations_before, last, end)]
+        return [(iterations_before, last, end)]
     phases = [last, *(k for k, start in enumerate(now) if k > last and start >= 0)]
     pairs = itertools.pairwise(phases)
-    return [Switch(int(now[k]), before, k) for before, k in pairs if before >= 0]
+    return [(int(now[k]), before, k) for before, k in pairs if before >= 0]
 
 
 def _is_integer(value: Any) -> bool:

@@ -98,10 +98,9 @@ class PhaseLogger(keras.callbacks.Callback):
         if not self.verbose:
             return
         of = f" of {self._sequence.name}" if self.optimizer else ""
-        for switch in switches_between(starts, self._starts, iterations):
-            before = child_of(self._sequence, switch.before).name
-            after = child_of(self._sequence, switch.after).name
-            print_line(self, f"iteration {switch.iteration}{of}: {before} -> {after}")
+        for iteration, *pair in switches_between(starts, self._starts, iterations):
+            before, after = (child_of(self._sequence, phase).name for phase in pair)
+            print_line(self, f"iteration {iteration}{of}: {before} -> {after}")
 
     def _values(self) -> dict[str, float]:
         phase = last_started(self._starts)

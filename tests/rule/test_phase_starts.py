@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from sequential_optimizer import SequentialOptimizer
-from sequential_optimizer._phases import Switch, switches_between
+from sequential_optimizer._phases import switches_between
 from tests.helpers.oracle import compiled, make_gradients, make_variables, weights_of
 
 optimizers = keras.optimizers
@@ -117,10 +117,10 @@ def test_it_cannot_be_set():
     [
         ([-1, -1], [-1, -1], []),
         ([-1, -1], [0, -1], []),
-        ([0, -1], [0, 4], [Switch(4, 0, 1)]),
-        ([-1, -1, -1], [0, 2, 3], [Switch(2, 0, 1), Switch(3, 1, 2)]),
-        ([0, -1, -1], [0, -1, 5], [Switch(5, 0, 2)]),
-        ([0, 3, 4], [0, -1, -1], [Switch(7, 2, 0)]),
+        ([0, -1], [0, 4], [(4, 0, 1)]),
+        ([-1, -1, -1], [0, 2, 3], [(2, 0, 1), (3, 1, 2)]),
+        ([0, -1, -1], [0, -1, 5], [(5, 0, 2)]),
+        ([0, 3, 4], [0, -1, -1], [(7, 2, 0)]),
         ([0, 3], [0, 3], []),
     ],
 )
