@@ -13,13 +13,8 @@ from keras.optimizers import Optimizer
 from sequential_optimizer._keras import key_of, trained_variables
 
 # Part of an update rule, so each child has its own.
-CHILD_SETTINGS = {
-    "clipnorm",
-    "clipvalue",
-    "global_clipnorm",
-    "learning_rate",
-    "weight_decay",
-}
+_CLIPPING = {"clipnorm", "clipvalue", "global_clipnorm"}
+CHILD_SETTINGS = {"learning_rate", "weight_decay", *_CLIPPING}
 
 
 def get_children(optimizers: Any) -> tuple[list[Optimizer], tuple[int, ...]]:
@@ -64,12 +59,6 @@ def _get_child(identifier: Any) -> Optimizer:
             f"Received: {identifier!r} of type `{type(identifier).__name__}`. Pass an "
             "instance, such as `keras.optimizers.Adam(1e-3)`."
         ) from cause
-    if isinstance(child, keras.optimizers.LossScaleOptimizer):
-        raise ValueError(
-            "`optimizers` may not hold a `LossScaleOptimizer`, because a step that it "
-            f"skips must not count. Received: `{child.name}`. Pass its "
-            "`inner_optimizer`, and wrap the SequentialOptimizer instead."
-        )
     if type(child).apply_gradients is not Optimizer.apply_gradients:
         raise ValueError(
             "A child in `optimizers` may not override `apply_gradients`, because a "
@@ -81,13 +70,15 @@ def _get_child(identifier: Any) -> Optimizer:
 
 
 def check_loss_scale(children: Iterable[Optimizer]) -> None:
-    """Raises ValueError if a child would divide the gradients a second time."""
+    """Raises ValueError if a child would scale the loss, or skip a step that counts."""
     for child in children:
-        if child.loss_scale_factor is not None:
+        is_wrapper = isinstance(child, keras.optimizers.LossScaleOptimizer)
+        if is_wrapper or child.loss_scale_factor is not None:
             raise ValueError(
-                "A child may not have a `loss_scale_factor`, because the loss is "
-                f"scaled once for all of them. Received: {child.loss_scale_factor} on "
-                f"`{child.name}`. Instead, set it on the SequentialOptimizer."
+                "A child may not be a `LossScaleOptimizer` or have a "
+                "`loss_scale_factor`, because the loss is scaled once for all of them. "
+                f"Received: `{child.name}`. Set `loss_scale_factor` on the "
+                "SequentialOptimizer, or wrap that in a `LossScaleOptimizer`."
             )
 
 

@@ -49,7 +49,7 @@ def test_class_is_taken_or_refused_as_keras_does():
 
 def test_loss_scale_optimizer_as_a_child():
     child = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam())
-    with refuses("`LossScaleOptimizer`", "skips"):
+    with refuses("`LossScaleOptimizer`", "scaled once"):
         SequentialOptimizer([child], [])
 
 
