@@ -10,14 +10,12 @@ import numpy as np
 
 from sequential_optimizer._find_sequence import find_sequence
 from sequential_optimizer._phases import last_started
-from sequential_optimizer.phase_logger import print_line
+from sequential_optimizer.phase_logger import Logs, print_line
 
 # Words in the names of metrics that say which way is better.
 _LOWER = "loss error crossentropy divergence perplexity mse rmse mae mape msle"
 _HIGHER = "acc accuracy auc precision recall f1 fbeta iou similarity r2"
 _BETTER = dict.fromkeys(_LOWER.split(), "min") | dict.fromkeys(_HIGHER.split(), "max")
-
-Logs = dict[str, Any] | None
 
 
 @dataclass
@@ -124,7 +122,6 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         """
         super().set_model(model)
         self._sequence = find_sequence(self)
-        self._warned = False
         self._write(self._read())
         self._noted = self._sequence.notes[self._seen_key]
 
@@ -168,22 +165,18 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         is_of_phase = last_started(self._sequence.phase_starts) in (-1, phase)
         can_end = phase < len(self._sequence.boundaries)
         is_best = False
-        if is_of_phase and can_end and self._is_in(logs):
-            is_best = self._count(float(logs[self.monitor]), seen)
+        if is_of_phase and can_end:
+            if self.monitor in logs:
+                is_best = self._count(float(logs[self.monitor]), seen)
+            else:
+                warnings.warn(
+                    f"`SwitchOnPlateau` watches the metric `{self.monitor}`, which is "
+                    f"not available. Available metrics are: {', '.join(logs)}.",
+                    stacklevel=2,
+                )
             if self._is_stalled(seen):
                 self._switch(epoch, seen)
         self._write(seen, is_best)
-
-    def _is_in(self, logs: dict[str, Any]) -> bool:
-        """Whether the metric is in the logs; warns once if it is not."""
-        if self.monitor not in logs and not self._warned:
-            warnings.warn(
-                f"`SwitchOnPlateau` watches the metric `{self.monitor}`, which is not "
-                f"available. Available metrics are: {', '.join(logs)}.",
-                stacklevel=3,
-            )
-            self._warned = True
-        return self.monitor in logs
 
     def _count(self, value: float, seen: _Seen) -> bool:
         """Counts an epoch, and returns whether it is the best of its phase so far."""
