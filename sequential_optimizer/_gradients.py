@@ -40,10 +40,7 @@ def check_variables(variables: Sequence[Any], optimizer: Any) -> None:
 
 def computed_first(grads: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
     """Returns a context whose operations, in a graph, wait for the gradients."""
-    parts: list[Any] = []
-    for gradient in grads:
-        is_sparse = isinstance(gradient, tf.IndexedSlices)
-        parts += [gradient.values, gradient.indices] if is_sparse else [gradient]
+    parts = tf.nest.flatten(grads, expand_composites=True)
     return tf.control_dependencies([p for p in parts if tf.is_symbolic_tensor(p)])
 
 

@@ -52,11 +52,6 @@ def call_count(optimizer: Any) -> keras.Variable:
     return optimizer._iterations
 
 
-def counter_and_rate(optimizer: Any) -> list[Any]:
-    """The call counter and the learning rate, which is a variable or a schedule."""
-    return [optimizer._iterations, optimizer._learning_rate]
-
-
 def key_of(optimizer: Any, variable: Any) -> Any:
     """The key that a variable, its wrapper, and its copies in replicas share."""
     return optimizer._var_key(variable)
@@ -182,8 +177,6 @@ def repeat_constants(graph: Any) -> None:
 def _is_small_constant(tensor: Any, graph: Any) -> bool:
     """Whether a tensor is a small constant from outside `graph`."""
     is_small = (tensor.shape.num_elements() or 0) <= _SMALL
-    if not is_small or not tensor.dtype.is_numpy_compatible:
-        return False
-    if not tf.is_symbolic_tensor(tensor):
-        return True
-    return tensor.graph is not graph and tensor.op.type == "Const"
+    is_eager = not tf.is_symbolic_tensor(tensor)
+    is_constant = is_eager or (tensor.graph is not graph and tensor.op.type == "Const")
+    return is_small and is_constant and tensor.dtype.is_numpy_compatible

@@ -80,25 +80,23 @@ def _optimizers_in(optimizer: Any, seen: set[int]) -> Iterator[Any]:
     if hasattr(optimizer, STATE) or id(optimizer) in seen:
         return  # A SequentialOptimizer looks after its own children.
     seen.add(id(optimizer))
-    for inner in _held_by(optimizer, keras.optimizers.Optimizer):
-        yield from _optimizers_in(inner, seen)
+    for _, inner in held_by(optimizer):
+        if isinstance(inner, keras.optimizers.Optimizer):
+            yield from _optimizers_in(inner, seen)
     if optimizer.built:
         yield optimizer
-
-
-def _held_by(optimizer: Any, type_: type) -> list[Any]:
-    """Returns all of a type that the attributes, or lists and dicts in them, hold."""
-    return [item for _, item in held_by(optimizer) if isinstance(item, type_)]
 
 
 def _slots_of(optimizer: Any) -> list[Any]:
     """Returns the variables of an optimizer without those of what it wraps."""
     *inner, _ = _optimizers_in(optimizer, set())
     # Keras does not list what a class creates with `tf.Variable`.
-    raw = _held_by(optimizer, tf.Variable)
+    raw = [held for _, held in held_by(optimizer) if isinstance(held, tf.Variable)]
     slots = {id(slot): slot for slot in [*optimizer.variables, *raw]}
     not_slots = [_keras.trained_variables(optimizer), *(o.variables for o in inner)]
-    for other in itertools.chain(_keras.counter_and_rate(optimizer), *not_slots):
+    # A MultiOptimizer has no rate.
+    rate = getattr(optimizer, "learning_rate", None)
+    for other in itertools.chain([_keras.call_count(optimizer), rate], *not_slots):
         slots.pop(id(other), None)
     return list(slots.values())
 
