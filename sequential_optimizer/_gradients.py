@@ -40,7 +40,8 @@ def check_variables(variables: Sequence[Any], optimizer: Any) -> None:
 
 def computed_first(grads: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
     """Returns a context whose operations, in a graph, wait for the gradients."""
-    parts = tf.nest.flatten(grads, expand_composites=True)
+    # Those of `tf.IndexedSlices`; any other gradient is one part.
+    parts = [getattr(g, part, g) for g in grads for part in ("values", "indices")]
     return tf.control_dependencies([p for p in parts if tf.is_symbolic_tensor(p)])
 
 
