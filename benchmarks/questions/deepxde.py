@@ -1,6 +1,6 @@
 """What does a quasi-Newton phase gain in DeepXDE?
 
-    python -m benchmarks deepxde            # half an hour on two cores
+    python -m benchmarks deepxde            # an hour or two on two cores, in sittings
     python -m benchmarks deepxde --quick    # within two minutes, too short to compare
 
 DeepXDE's own example of Burgers' equation with its TensorFlow backend, in float64
@@ -9,11 +9,13 @@ DeepXDE's own example of Burgers' equation with its TensorFlow backend, in float
 `model.compile(SequentialOptimizer([Adam, SSBroyden], ...))`, from the same weights, on
 the same points, with as many gradients.
 
+What has been measured is in the file after each seed, and is not measured again.
 Without DeepXDE this says so and measures nothing (`pip install -e '.[bench]'`).
 """
 
 import importlib.util
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,23 +45,32 @@ class Settings:
     adam: int = 5000
     iterations: int = 5000
     seeds: int = 3
-    seconds: int = 3600
+    seconds: int = 7200
 
 
 FULL = Settings()
 QUICK = Settings(adam=20, iterations=10, seeds=1, seconds=300)
 
 
-def measure(settings: Settings) -> dict[str, Any]:
-    """Returns a row for each contender and seed, and none without DeepXDE."""
+def measure_in_sittings(
+    settings: Settings, earlier: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Yields the result after each seed: a row for each contender.
+
+    Args:
+        settings: how long it takes.
+        earlier: the result of an earlier sitting with these settings, or `{}`.
+    """
     if not importlib.util.find_spec("deepxde"):
         reason = "deepxde is not installed"
         say(f"not measured: {reason}")
-        return {"reason": reason, "runs": []}
-    runs = []
-    progress = Progress(settings.seeds * len(CONTENDERS), "DeepXDE")
+        yield {"reason": reason, "runs": []}
+        return
+    runs = list(earlier.get("runs", []))
+    missing = set(range(settings.seeds)) - {row["seed"] for row in runs}
+    progress = Progress(len(missing) * len(CONTENDERS), "DeepXDE")
     with tempfile.TemporaryDirectory() as folder:
-        for seed in range(settings.seeds):
+        for seed in sorted(missing):
             process = processes.Process(
                 run_seed,
                 (seed, settings.adam, settings.iterations),
@@ -67,10 +78,14 @@ def measure(settings: Settings) -> dict[str, Any]:
                 environ={"DDE_BACKEND": "tensorflow"},
                 limit=settings.seconds,
             )
+            rows = []
             for row in processes.all_reports(process):
-                runs.append(row)
+                rows.append(row)
                 progress.step(row["contender"])
-    return {"reason": "", "runs": runs}
+            # Only now, because all contenders of a seed run in one process.
+            runs += rows
+            yield {"reason": "", "runs": runs}
+    yield {"reason": "", "runs": runs}
 
 
 # --- what is shown -------------------------------------------------------------

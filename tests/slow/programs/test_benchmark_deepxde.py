@@ -25,6 +25,12 @@ def test_without_deepxde_one_line_says_so(monkeypatch, tmp_path, capsys):
     assert "Not measured: deepxde is not installed." in capsys.readouterr().out
 
 
+def test_second_sitting_repeats_nothing(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    (result,) = deepxde.measure_in_sittings(deepxde.FULL, RESULT)
+    assert result == {"reason": "", "runs": ROWS}
+
+
 def test_table_and_headline_name_each_contender():
     (table,) = deepxde.tables(RESULT)
     assert [row[0] for row in table.rows] == list(deepxde.CONTENDERS)
@@ -42,7 +48,8 @@ def test_picture_has_a_dot_for_each_run():
 def test_contenders_start_alike_and_get_as_many_gradients():
     if not importlib.util.find_spec("deepxde"):
         pytest.skip("deepxde is not installed")
-    rows = deepxde.measure(deepxde.QUICK)["runs"]
+    *_, result = deepxde.measure_in_sittings(deepxde.QUICK, {})
+    rows = result["runs"]
     assert [row["contender"] for row in rows] == [
         deepxde.DOCUMENTED,
         deepxde.ADAM,
