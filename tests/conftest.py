@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import zlib
 from pathlib import Path
 
 # Less noise on the screen; must be set before TensorFlow is imported.
@@ -16,12 +17,24 @@ COMPILED = ("test_training.py", "test_reference.py", "test_phase_starts.py")
 
 
 def pytest_collection_modifyitems(items):
-    """Marks as slow what is in the folder `slow`, and what XLA compiles elsewhere."""
-    for item in items:
-        mode = item.callspec.params.get("mode") if hasattr(item, "callspec") else None
+    """Marks as slow what is in the folder `slow`, and most of what has parameters.
+
+    The quick tests have each value of each parameter in one combination with the
+    others. All other combinations are slow, and so is what XLA compiles elsewhere than
+    in `COMPILED`. Tests that take seconds are marked where they are.
+    """
+    seen = set()
+    # In an order of chance, the same each time, so that values meet various others.
+    for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        values = {(item.function, name, repr(value)) for name, value in params.items()}
+        mode = params.get("mode")
         is_compiled = mode == "xla" and item.path.name not in COMPILED
-        if is_compiled or item.path.is_relative_to(SLOW):
+        is_covered = params and values <= seen
+        if is_compiled or is_covered or item.path.is_relative_to(SLOW):
             item.add_marker(pytest.mark.slow)
+        if not item.get_closest_marker("slow"):
+            seen |= values
 
 
 @pytest.fixture(params=MODES)

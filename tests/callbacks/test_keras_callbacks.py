@@ -125,6 +125,7 @@ def test_learning_rate_scheduler_equals_two_plain_fits():
     assert_same(state_of(model, *sequence.children), expected)
 
 
+@pytest.mark.slow
 def test_rate_at_the_end_of_an_epoch_is_logged(wrap):
     # At the end of the second epoch Keras logs the rate of the next update, SGD's.
     # PhaseLogger, which comes after it, logs the rate of the last update.
@@ -177,6 +178,7 @@ def averages_of(weights, momentum=0.99):
     return averages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("swap_on_epoch", [False, True])
 def test_swap_ema_weights_validates_the_average(wrap, swap_on_epoch):
     sequence = SequentialOptimizer(make_children(), BOUNDARIES, use_ema=True)
@@ -205,6 +207,7 @@ def test_swap_ema_weights_validates_the_average(wrap, swap_on_epoch):
 # --- ModelCheckpoint ---------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_model_checkpoint_of_either_phase_continues(wrap, tmp_path):
     run(wrap, keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras"))
     for epochs, phase in ((1, 0), (3, 1)):
@@ -219,6 +222,7 @@ def test_model_checkpoint_of_either_phase_continues(wrap, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_model_checkpoint_of_the_best_epoch_keeps_its_phase(wrap, tmp_path):
     path = tmp_path / "best.weights.h5"
     # The best by this rule is the first epoch, whose loss is the highest.
@@ -241,6 +245,7 @@ def test_model_checkpoint_of_the_best_epoch_keeps_its_phase(wrap, tmp_path):
 # --- EarlyStopping -----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_early_stopping_restores_weights_not_children(wrap):
     # The first epoch is the best, because nothing improves by that much, and the
     # fourth, in SGD's phase, is the third without improvement.

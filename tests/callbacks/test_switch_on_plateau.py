@@ -424,6 +424,7 @@ def test_evaluate_and_predict_in_the_last_phase():
     model.predict(X, verbose=0, callbacks=[SwitchOnPlateau()])
 
 
+@pytest.mark.slow
 def test_evaluate_within_a_run_leaves_what_was_noted():
     # Keras then calls `set_model` again, which once started the patience, the best
     # value and the best weights anew.
@@ -501,6 +502,7 @@ class CountTraces(keras.callbacks.Callback):
         self.traces.append(self.model.train_steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "policy"),
     [
@@ -671,6 +673,7 @@ def uninterrupted(variant):
     return start(variant, EPOCHS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "policy", "epoch", "at_end"),
     [

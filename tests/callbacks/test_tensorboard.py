@@ -79,6 +79,7 @@ def test_epochs_show_phase_and_learning_rate(optimizer, tmp_path):
     np.testing.assert_allclose(history["learning_rate"], [0.01, 0.1, 0.1], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_batches_show_phase_and_learning_rate(optimizer, tmp_path):
     fit(
         optimizer,

@@ -35,6 +35,7 @@ def names(tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_examples_of_the_readme(names):
     blocks = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
     assert len(blocks) == 5
@@ -55,6 +56,7 @@ def test_examples_of_the_readme(names):
     np.testing.assert_allclose(names["u"](t[:, None])[:, 0], exact, atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

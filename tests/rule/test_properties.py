@@ -146,9 +146,10 @@ class Training(RuleBasedStateMachine):
 Training.TestCase.settings = settings(
     max_examples=25, stateful_step_count=15, deadline=None, derandomize=True
 )
-TestTraining = Training.TestCase
+TestTraining = pytest.mark.slow(Training.TestCase)
 
 
+@pytest.mark.slow
 @given(schedules(), st.sets(st.integers(0, 11), max_size=4))
 @settings(max_examples=8, deadline=None, derandomize=True)
 def test_compiled_loop_follows_any_schedule(schedule, advanced_before):

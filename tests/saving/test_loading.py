@@ -519,6 +519,7 @@ def test_model_that_was_quantized_after_the_training_loads(tmp_path):
     assert int(loaded.optimizer.iterations) == CALLS
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_can_quantize")
 def test_model_that_is_trained_in_float8_continues(tmp_path):
     # Keras lists the variables in another order when it loads such a model.

@@ -36,6 +36,7 @@ def _fit(model, batches, epochs=1, initial_epoch=0, callbacks=()):
     )
 
 
+@pytest.mark.slow
 def test_model_checkpoint_continues_as_if_never_saved(tmp_path):
     model = make_model(adam_sgd(), jit_compile=True)
     # One batch per epoch, so each epoch's file is one update later.
@@ -78,6 +79,7 @@ def _backup(tmp_path):
     return keras.callbacks.BackupAndRestore(tmp_path / "backup", save_freq=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("updates", "in_epoch"), [(2, 0), (3, 0), (4, 1)])
 def test_backup_and_restore_continues_after_a_crash(tmp_path, updates, in_epoch):
     epoch = [0, 1, 2]
@@ -134,6 +136,7 @@ def _traced_step(model):
     return run
 
 
+@pytest.mark.slow
 def test_manager_rolls_a_traced_step_back_without_a_retrace(tmp_path):
     model = build(make_model(adam_sgd()))
     step = _traced_step(model)

@@ -434,7 +434,9 @@ def fit_on_unknown_size(optimizer, jit_compile, size=None):
 # Only the step that finds no more data knows that it is the end. Its gradients failed,
 # but the counters did not wait for them, so that the switch came too early.
 @ran_out_of_data
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize(
+    "jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     "settings",
     [{}, {"gradient_accumulation_steps": 2}, {"use_ema": True}],

@@ -80,6 +80,7 @@ def test_fit_equals_two_fits_with_plain_optimizers(mode):
 POLICIES = ["float16", "bfloat16", "mixed_bfloat16", "float64"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES, indirect=True)
 def test_fit_under_a_dtype_policy_equals_two_fits(policy):
     check_fit_under(policy, jit_compile=False)
@@ -99,6 +100,7 @@ def check_fit_under(policy, jit_compile, atol=0):
     assert_same(state_of(model, *children), plain, atol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("order", [0, 1])
 def test_model_built_by_fit_trains_as_one_built_before(order, jit_compile):
@@ -153,6 +155,7 @@ def test_fit_ends_with_the_average_of_both_phases():
     assert_same(weights_of(model.trainable_variables), weights_of(averages))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kwargs",
     [{"jit_compile": True}, {"jit_compile": False, "steps_per_execution": 3}],
@@ -235,6 +238,7 @@ def make_while_loop(model, optimizer, mode, built=True):
     return compiled(loop, mode)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "built"), [("graph", True), ("xla", True), ("xla", False)]
 )

@@ -74,6 +74,7 @@ def test_fit_does_what_a_loop_does(make, way):
     assert pairs_of(model.optimizer) == pairs_of(optimizer) >= 8
 
 
+@pytest.mark.slow
 def test_many_steps_in_one_loop_of_a_graph(make):
     by_hand, model = make_model(4, 1), make_model(4, 1)
     train_in_loop(by_hand, make(), 12)
@@ -155,6 +156,7 @@ def test_child_does_what_it_does_alone(make, place, way):
         assert_same(weights_of(variables), weights_of(expected), 1e-5)
 
 
+@pytest.mark.slow
 def test_switch_is_one_conditional_and_copies_no_matrix(make):
     # To set one row of S, as a ring buffer would, XLA copies S twice in a branch.
     weights = make_variables([(61,)])
@@ -190,6 +192,7 @@ def test_works_deep_inside_of_other_optimizers(make):
     assert_same(weights_of(variables), weights_of(expected), 1e-5)
 
 
+@pytest.mark.slow
 def test_plateau_starts_the_phase():
     model = make_model(4, 1)
     optimizer = SequentialOptimizer([sgd("sgd"), LBFGS()], [None])
@@ -226,6 +229,7 @@ def test_learning_rate_callbacks_limit_the_steps(make):
     )
 
 
+@pytest.mark.slow
 def test_window_of_mini_batches_is_one_full_batch(make):
     # What the search needs when the data do not fit into memory.
     whole, parts = make_model(4, 1), make_model(4, 1)
@@ -237,6 +241,7 @@ def test_window_of_mini_batches_is_one_full_batch(make):
     assert_same(parts.get_weights(), whole.get_weights(), ATOL)
 
 
+@pytest.mark.slow
 def test_child_sees_full_batches_after_stochastic_ones(make):
     x, y = make_data()
     expected = make_model(4, 1)
@@ -306,6 +311,7 @@ def test_searches_in_the_widest_type(make, dtypes, searched):
         np.testing.assert_allclose(tf.cast(variable, "float32"), 1, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy", ["mixed_bfloat16", "mixed_float16", "float64"], indirect=True
 )

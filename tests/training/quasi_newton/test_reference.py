@@ -131,6 +131,7 @@ def test_each_step_equals_the_reference(method, name, mode):
         assert follower.step.experimental_get_tracing_count() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [100, pytest.param(10**6, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_changes_after_convergence(method, calls):

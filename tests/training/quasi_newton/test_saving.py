@@ -87,6 +87,7 @@ def test_fit_ends_at_the_last_accepted_point(name):
     assert [v.shape for v in optimizer_state] == [v.shape for v in state_of(model)[1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOME)
 def test_later_fit_starts_from_there(name):
     model = make_model(MAKE[name](), jit_compile=False)
