@@ -13,7 +13,7 @@ from tests.slow.strategies.conftest import AGGREGATES, STRATEGIES, VARIABLE
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-o", "addopts="]
-SECONDS = 240
+SECONDS = 600
 
 # A run that collects nothing, or skips everything, must not pass for a success.
 AT_LEAST_PASSED = {
