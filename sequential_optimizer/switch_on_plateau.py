@@ -168,14 +168,14 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         if is_of_phase and can_end:
             if self.monitor in logs:
                 is_best = self._count(float(logs[self.monitor]), seen)
+                if self._is_stalled(seen):
+                    self._switch(epoch, seen)
             else:
                 warnings.warn(
                     f"`SwitchOnPlateau` watches the metric `{self.monitor}`, which is "
                     f"not available. Available metrics are: {', '.join(logs)}.",
                     stacklevel=2,
                 )
-            if self._is_stalled(seen):
-                self._switch(epoch, seen)
         self._write(seen, is_best)
 
     def _count(self, value: float, seen: _Seen) -> bool:

@@ -469,6 +469,21 @@ def test_metric_of_every_second_epoch_counts_when_it_is_there():
     assert phases == [0, 0, 0, 0, 0, 1]
 
 
+def test_phase_does_not_end_in_an_epoch_without_the_metric():
+    # It stalled before; the updates that a phase has to make are made only now.
+    callback = SwitchOnPlateau("val_loss", patience=1, min_iterations=3)
+    stage = Stage(make_sgds((None,)), [callback])
+    phases = []
+    for logs in ({"val_loss": 1.0}, {"val_loss": 1.0}, {}, {"val_loss": 1.0}):
+        stage.begin_epoch()
+        stage.update()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            stage.end_epoch(**logs)
+        phases.append(int(stage.optimizer.phase))
+    assert phases == [0, 0, 0, 1]
+
+
 def test_fit_starts_anew():
     model = compiled_model(make_sgds((None,)))
     callback = SwitchOnPlateau("val_loss", patience=3)
