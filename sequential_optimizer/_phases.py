@@ -72,13 +72,14 @@ class Phases:
             A scalar int32 tensor, 0 <= phase <= `last`.
         """
         integers = tf.constant([b for b in self.boundaries if b is not None], tf.int64)
-        is_reached = tf.cast(iterations, tf.int64) >= integers
-        reached = tf.reduce_sum(tf.cast(is_reached, tf.int64))
+        reached = tf.math.count_nonzero(tf.cast(iterations, tf.int64) >= integers)
         phase = tf.maximum(reached, tf.cast(min_phase, tf.int64))
         return tf.cast(tf.minimum(phase, self.last), tf.int32)
 
     def child(self, phase: tf.Tensor) -> tf.Tensor:
         """Returns the index of the child of `phase`, a scalar int32 tensor."""
+        if self.child_of_phase == tuple(range(self.last + 1)):
+            return phase
         return tf.gather(tf.constant(self.child_of_phase, tf.int32), phase)
 
     def parse_phase(self, phase: Any) -> int | None:
@@ -107,18 +108,17 @@ class Phases:
         return tf.where(index > phase, tf.constant(-1, tf.int64), starts)
 
 
+# (iteration, phase before, phase after): the first `iteration` updates come before it.
+Switch = tuple[int, int, int]
+
+
 def last_started(starts: Iterable[int]) -> int:
     """Returns the last phase that has made an update, or -1."""
     return max((phase for phase, start in enumerate(starts) if start >= 0), default=-1)
 
 
-def switches_between(
-    before: Any, now: Any, iterations_before: int
-) -> list[tuple[int, int, int]]:
+def switches_between(before: Any, now: Any, iterations_before: int) -> list[Switch]:
     """Returns the switches between two looks at `phase_starts`, in order.
-
-    Each as (iteration, phase before, phase after): the first `iteration` updates were
-    made before it.
 
     Args:
         before: `phase_starts` at the first look.
