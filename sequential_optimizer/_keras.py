@@ -52,6 +52,11 @@ def call_count(optimizer: Any) -> keras.Variable:
     return optimizer._iterations
 
 
+def counter_and_rate(optimizer: Any) -> list[Any]:
+    """The call counter and the learning rate, which is a variable or a schedule."""
+    return [optimizer._iterations, optimizer._learning_rate]
+
+
 def key_of(optimizer: Any, variable: Any) -> Any:
     """The key that a variable, its wrapper, and its copies in replicas share."""
     return optimizer._var_key(variable)

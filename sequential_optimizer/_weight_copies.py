@@ -94,9 +94,7 @@ def _slots_of(optimizer: Any) -> list[Any]:
     raw = [held for _, held in held_by(optimizer) if isinstance(held, tf.Variable)]
     slots = {id(slot): slot for slot in [*optimizer.variables, *raw]}
     not_slots = [_keras.trained_variables(optimizer), *(o.variables for o in inner)]
-    # A MultiOptimizer has no rate.
-    rate = getattr(optimizer, "learning_rate", None)
-    for other in itertools.chain([_keras.call_count(optimizer), rate], *not_slots):
+    for other in itertools.chain(_keras.counter_and_rate(optimizer), *not_slots):
         slots.pop(id(other), None)
     return list(slots.values())
 
