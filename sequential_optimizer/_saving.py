@@ -146,14 +146,6 @@ def _class_of(optimizer: Any) -> str:
     return registered if ">" in registered else f"{module}>{cls.__qualname__}"
 
 
-def _settings_of(optimizer: Any) -> dict[str, Any]:
-    """Returns what must not change between saving and loading, in JSON's types."""
-    if not _is_sequence(optimizer):
-        return {}
-    steps = optimizer.gradient_accumulation_steps
-    return {"use_ema": bool(optimizer.use_ema), "gradient_accumulation_steps": steps}
-
-
 def _trained_by(optimizer: Any) -> list[list[str]]:
     """Returns each variable's path, the path to compare by, and its shape.
 
@@ -278,7 +270,7 @@ class SavedState(tf.train.experimental.PythonState):
         self.notes: Arrays = {}
         # What was loaded before `build` created the variables for it.
         self._held: Arrays | None = None
-        # What a checkpoint holds, and fits; the notes are among it.
+        # The layout and the notes in a checkpoint, if they fit.
         self._restored: Any = None
         self._refused = False
         self._restore: tuple[Any, bool] = None, False
@@ -291,10 +283,13 @@ class SavedState(tf.train.experimental.PythonState):
         seen: set[int] = set()  # What several children share is saved with the first.
         for of, one in _tree(self._optimizer):
             phases: Any = []
+            kept: dict[str, Any] = {}  # what must not change before it is loaded
             if _is_sequence(one):
                 phases = zip(one.child_of_phase, one.phase_starts.tolist(), strict=True)
+                kept["use_ema"] = bool(one.use_ema)
+                kept["gradient_accumulation_steps"] = one.gradient_accumulation_steps
             optimizers[of] = {"class": _class_of(one), "name": given_name(one)}
-            optimizers[of] |= {"settings": _settings_of(one), "phases": list(phases)}
+            optimizers[of] |= {"settings": kept, "phases": list(phases)}
             for prefix, part in _parts_of(one, seen):
                 for key, (name, shape) in _names_and_shapes(part, trained).items():
                     arrays[of + prefix + key] = [of, name and prefix + name, shape]
@@ -467,6 +462,7 @@ class SavedState(tf.train.experimental.PythonState):
     def commit(self) -> None:
         """Sets what `deserialize` has checked."""
         saved, self.notes = self._restored
+        self._restored = None if self._optimizer.built else (saved, {})
         self._set_starts(saved)
         self._held = None
 
