@@ -13,8 +13,8 @@ from keras.optimizers import Optimizer
 from sequential_optimizer._keras import key_of, trained_variables
 
 # Part of an update rule, so each child has its own.
-_CLIPPING = {"clipnorm", "clipvalue", "global_clipnorm"}
-CHILD_SETTINGS = {"learning_rate", "weight_decay", *_CLIPPING}
+CLIPPING = "clipnorm", "clipvalue", "global_clipnorm"
+CHILD_SETTINGS = {"learning_rate", "weight_decay", *CLIPPING}
 
 
 def get_children(optimizers: Any) -> tuple[list[Optimizer], tuple[int, ...]]:

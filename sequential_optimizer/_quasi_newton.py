@@ -28,6 +28,7 @@ import keras
 import tensorflow as tf
 
 from sequential_optimizer import _gradients, _keras, _replicas
+from sequential_optimizer._children import CLIPPING
 from sequential_optimizer._vectors import (
     EPSILON,
     check_shape,
@@ -43,13 +44,10 @@ _MIN_CURVATURE = 1e-8  # of a pair, relative to the product of its norms
 # Below this, a gradient is mostly rounding.
 _GRADIENT_TOLERANCE = {"float32": 1e-7, "float64": 1e-10}
 
-_LENGTH = "`learning_rate` limits the length of a step instead."
 _AVERAGE = "Average the weights in the phase before, or on a `SequentialOptimizer`."
 # Base-class settings that would change gradients or weights behind the search's back.
 _REFUSED = {
-    "clipnorm": _LENGTH,
-    "clipvalue": _LENGTH,
-    "global_clipnorm": _LENGTH,
+    **dict.fromkeys(CLIPPING, "`learning_rate` limits the length of a step instead."),
     "use_ema": _AVERAGE,
     "ema_overwrite_frequency": _AVERAGE,
     "weight_decay": "Add a penalty to the loss, such as a `kernel_regularizer`.",
