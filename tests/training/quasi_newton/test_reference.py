@@ -132,7 +132,7 @@ def test_each_step_equals_the_reference(method, name, mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("calls", [100, pytest.param(10**6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("calls", [100, 10**6])
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_changes_after_convergence(method, calls):
     # Without a tolerance it would learn from rounding, and jump away from the optimum.
