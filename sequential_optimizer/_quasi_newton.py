@@ -36,6 +36,7 @@ from sequential_optimizer._vectors import (
     flat,
     flat_gradient,
     set_flat,
+    where_given,
 )
 
 _MAX_REJECTIONS = 10
@@ -225,10 +226,10 @@ class QuasiNewton(keras.optimizers.Optimizer):
 
         Args:
             grads: list of gradients: tensors or `tf.IndexedSlices` with the shape of
-                their variable, or `None`, which counts as zero.
+                their variable, or `None` for a variable that is to stay as it is.
             trainable_variables: list of the variables, in the order of `grads`.
                 Defaults to those that the optimizer was built on; a variable that
-                is left out counts as one without a gradient.
+                is left out stays as it is.
 
         Raises:
             ValueError: if a gradient does not have the shape of its variable.
@@ -278,6 +279,9 @@ class QuasiNewton(keras.optimizers.Optimizer):
         """Judges the trial point and moves the weights to the next one."""
         search = _Search(*(tf.convert_to_tensor(slot) for slot in slots))
         dtype = search.point.dtype
+        # What has no gradient stays where it is, such as a layer that was frozen.
+        is_free = where_given(grads, variables)
+        search = search._replace(direction=tf.where(is_free, search.direction, 0))
         found = flat_gradient(grads, variables, dtype)
         trial, is_trial = _trial(search, variables)
         verdict = _judge(search, found, is_trial)
@@ -298,6 +302,7 @@ class QuasiNewton(keras.optimizers.Optimizer):
         rejects = ~turns & ~verdict.stays
         is_usable = (pair.count > 0) & _is_downhill(product, gradient) & ~verdict.resets
         descent = -tf.where(is_usable, product, _steepest(gradient))
+        descent = tf.where(is_free, descent, 0)
         direction = tf.where(turns, descent, search.direction)
         step = tf.where(
             turns,

@@ -72,6 +72,15 @@ def flat_gradient(
     return tf.concat(parts, axis=0)
 
 
+def where_given(grads: Iterable[Any], variables: Iterable[tf.Variable]) -> tf.Tensor:
+    """Returns for each weight whether its variable has a gradient."""
+    parts = [
+        tf.fill([variable.shape.num_elements()], gradient is not None)
+        for gradient, variable in zip(grads, variables, strict=True)
+    ]
+    return tf.concat(parts, axis=0)
+
+
 def set_flat(variables: Sequence[tf.Variable], values: tf.Tensor) -> None:
     sizes = [variable.shape.num_elements() for variable in variables]
     for variable, part in zip(variables, tf.split(values, sizes), strict=True):

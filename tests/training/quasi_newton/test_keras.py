@@ -256,6 +256,33 @@ def test_child_sees_full_batches_after_stochastic_ones(make):
     assert_same(model.get_weights(), expected.get_weights(), ATOL)
 
 
+def test_layer_that_is_frozen_in_mid_training_stays(make, mode):
+    # It once moved on, by what the search had learned before.
+    shapes = [(3,), (2, 2)]
+    curvatures = [tf.constant([1.0, 2.0, 3.0]), tf.constant([[4.0, 5.0], [6.0, 7.0]])]
+    frozen, other = variables = make_variables(shapes)
+    optimizer = make(0.1)
+    optimizer.build(variables)
+
+    def both():
+        mean = tf.reduce_mean(frozen)  # makes the curvature one of all weights
+        pairs = zip(curvatures, variables, strict=True)
+        optimizer.apply([c * v + mean for c, v in pairs], variables)
+
+    def one():
+        optimizer.apply([curvatures[1] * other], [other])
+
+    both, one = compiled(both, mode), compiled(one, mode)
+    for _ in range(6):
+        both()
+    assert pairs_of(optimizer) > 0
+    (before,) = weights_of([frozen])
+    for _ in range(40):
+        one()
+        assert_same(weights_of([frozen]), [before])
+    np.testing.assert_allclose(other, 0, atol=1e-5)
+
+
 def test_missing_gradients_count_as_zero(make, mode):
     # Missing as `None`, as rows of a table, or as a variable that is not passed.
     shapes = [(4, 2), (3,), (2,)]
