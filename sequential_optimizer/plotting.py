@@ -60,10 +60,11 @@ def plot_history(
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ImportError(
-            "`plot_history` needs matplotlib. Install it with the `plot` extra: "
-            "`pip install 'sequential_optimizer[plot]'`."
+            "`plot_history` needs matplotlib. Received: "
+            f"{error}. Install it: `pip install 'matplotlib>=3.8'`."
         ) from error
     columns: Mapping[str, Sequence[float]] = getattr(history, "history", history)
+    metrics = [metrics] if isinstance(metrics, str) else metrics
     if not any(column.startswith("val_") for column in columns):
         # Unless nothing else was asked for.
         metrics = [m for m in metrics if not m.startswith("val_")] or metrics

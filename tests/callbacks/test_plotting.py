@@ -371,3 +371,9 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match=r"'sequential_optimizer\[plot\]'"):
         plot_history(columns_of([0, 1]))
+
+
+def test_one_metric_needs_no_list():
+    # Its letters were once taken for columns.
+    ax = plot_history(columns_of([0, 1]), metrics="loss")
+    assert set(curves_of(ax)) == {"loss"}
