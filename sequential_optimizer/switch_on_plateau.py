@@ -178,6 +178,12 @@ class SwitchOnPlateau(keras.callbacks.Callback):
                 )
         self._write(seen, is_best)
 
+    def on_train_end(self, logs: Logs = None) -> None:
+        """Drops the best weights, which files saved later would hold in vain."""
+        notes = self._sequence.notes
+        for key in [key for key in notes if key.startswith(self._weight_key)]:
+            del notes[key]
+
     def _count(self, value: float, seen: _Seen) -> bool:
         """Counts an epoch, and returns whether it is the best of its phase so far."""
         is_best = self._sign * value > self._sign * seen.best + self.min_delta

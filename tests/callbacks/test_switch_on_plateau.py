@@ -613,6 +613,15 @@ def test_next_phase_starts_from_the_best_weights(policy, jit_compile):
         assert_same(after.before[epoch], before.after[epoch - 1])
 
 
+def test_best_weights_are_not_kept_after_training():
+    # Every later file once held them in vain, and a model that had become smaller could
+    # not take them.
+    plateau = SwitchOnPlateau("loss", patience=9, restore_best_weights=True)
+    model = compiled_model(make_sgds((None,)))
+    fit(model, 1, [plateau])
+    assert list(model.optimizer.notes) == ["SwitchOnPlateau/loss/seen"]
+
+
 def test_phase_that_a_boundary_ended_hands_its_last_weights_on():
     optimizer = make_sgds((3, None, None))
     callback = SwitchOnPlateau("loss", patience=1, restore_best_weights=True)
