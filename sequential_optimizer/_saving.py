@@ -3,8 +3,9 @@
 **The file format**, version 1: a layout and arrays.
 
 - The layout MUST be a JSON object of the form `_layout.FORM`, and in a Keras file MUST
-  NOT be longer than `_MAX_LAYOUT` bytes. Its `optimizers` MUST be the sequence, with
-  the prefix "", and each child `i`, with its sequence's prefix and `children/i/`.
+  NOT be longer than `_MAX_LAYOUT` bytes. Its `optimizers` MUST hold, by prefix, the
+  sequence (prefix "") and every child: child `i` of a sequence has that sequence's
+  prefix, followed by `children/i/`.
 - The layout MUST list every array of an optimizer, and every note of a callback.
 - In a Keras file the layout MUST be the uint8 array `layout` among the optimizer's own
   variables, and each array that it lists MUST be beside it. The key of an array is the
@@ -59,14 +60,15 @@ class _Own:
     load_own_variables = keras.optimizers.Optimizer.load_own_variables
 
 
-def _is_sequence(optimizer: Any) -> bool:
-    return hasattr(optimizer, STATE)
+def is_sequence(optimizer: Any) -> bool:
+    """Whether an optimizer is a SequentialOptimizer."""
+    return isinstance(getattr(optimizer, STATE, None), SavedState)
 
 
 def _tree(optimizer: Any) -> Iterator[tuple[str, Any]]:
     """Yields an optimizer and, if it is a sequence, its children, with key prefixes."""
     yield "", optimizer
-    for i, child in enumerate(optimizer.children if _is_sequence(optimizer) else ()):
+    for i, child in enumerate(optimizer.children if is_sequence(optimizer) else ()):
         yield from ((f"children/{i}/{prefix}", one) for prefix, one in _tree(child))
 
 
@@ -86,7 +88,7 @@ def _parts_of(optimizer: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
     """Yields the parts of one optimizer: not its children's, nor any seen before."""
     seen.update(map(id, [*optimizer.variables, *_keras.trained_variables(optimizer)]))
     own = _keras.own_variables(optimizer)
-    yield "", _Own(own) if _is_sequence(optimizer) else optimizer
+    yield "", _Own(own) if is_sequence(optimizer) else optimizer
     for prefix, inner in held_by(optimizer):
         if isinstance(inner, keras.optimizers.Optimizer):
             # Skips what is saved already, and the sequence that has this child.
@@ -100,9 +102,9 @@ def _parts_of(optimizer: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
 
 
 def held_by(optimizer: Any) -> Iterator[tuple[str, Any]]:
-    """Yields what attributes hold, alone or in a list or dict, with the prefix of keys.
+    """Yields the values of attributes, or the items of those that are a list or dict.
 
-    But for what TensorFlow keeps on every object.
+    With the prefix of their keys, and without what TensorFlow keeps on every object.
     """
     for name, value in sorted(vars(optimizer).items()):
         items = value.values() if isinstance(value, dict) else value
@@ -196,8 +198,9 @@ def _form_of(note: np.ndarray) -> str:
 def _layout_in(store: Any) -> Layout:
     """Returns the layout in a Keras file."""
     shape = _keras.stored_shape(store, "layout")
-    is_short = shape is not None and math.prod(shape) <= _MAX_LAYOUT
-    text = np.asarray(store["layout"]).tobytes() if is_short else b"too long"
+    # Not known in a file of several shards, which are limited themselves.
+    is_short = shape is None or math.prod(shape) <= _MAX_LAYOUT
+    text = np.asarray(store["layout"]).tobytes() if is_short else b"too many bytes"
     return _layout.parse(text)
 
 
@@ -235,15 +238,14 @@ def _check_value(source: str, value: np.ndarray, variable: Any) -> None:
         ValueError: if the shape, the dtype or a counter does not fit.
     """
     dtype = keras.backend.standardize_dtype(variable.dtype)
-    kinds, rule = "fiubcV", "numbers"
+    fits, rule = value.shape == variable.shape, "numbers"
     if "int" in dtype:
         lowest = _LOWEST.get(variable.name, np.iinfo(dtype).min)
         highest = np.iinfo(dtype).max
-        kinds, rule = "iu", f"integers from {lowest} to {highest}"
-    fits = value.shape == variable.shape and value.dtype.kind in kinds
-    if fits and "int" in dtype and value.size:
-        fits = lowest <= int(value.min()) and int(value.max()) <= highest
-    if not fits:
+        rule = f"integers from {lowest} to {highest}"
+        is_integer = value.dtype.kind in "iu"
+        fits &= is_integer and all(lowest <= int(n) <= highest for n in value.flat)
+    if not fits or value.dtype.kind not in "fiubcV":
         raise ValueError(
             f"{source} must have {rule} for `{_keras.path_of(variable)}`, in an array "
             f"of shape {tuple(variable.shape)}. Received: {value!r:.99}. Use those of "
@@ -273,6 +275,7 @@ class SavedState(tf.train.experimental.PythonState):
         # The layout and the notes in a checkpoint, if they fit.
         self._restored: Any = None
         self._refused = False
+        # TensorFlow's dict of the parts in this restore, and whether it is foreign.
         self._restore: tuple[Any, bool] = None, False
 
     def layout(self) -> Layout:
@@ -284,7 +287,7 @@ class SavedState(tf.train.experimental.PythonState):
         for of, one in _tree(self._optimizer):
             phases: Any = []
             kept: dict[str, Any] = {}  # what must not change before it is loaded
-            if _is_sequence(one):
+            if is_sequence(one):
                 phases = zip(one.child_of_phase, one.phase_starts.tolist(), strict=True)
                 kept["use_ema"] = bool(one.use_ema)
                 kept["gradient_accumulation_steps"] = one.gradient_accumulation_steps
@@ -340,8 +343,9 @@ class SavedState(tf.train.experimental.PythonState):
 
     def write(self, store: Any) -> None:
         """Writes everything into a Keras file."""
-        texts = {f"notes/{key}": note.tobytes() for key, note in self.notes.items()}
-        texts["layout"] = json.dumps(self.layout()).encode()
+        # The layout first: Keras may spread the arrays over several files.
+        texts = {"layout": json.dumps(self.layout()).encode()}
+        texts |= {f"notes/{key}": note.tobytes() for key, note in self.notes.items()}
         arrays = {key: np.frombuffer(text, np.uint8) for key, text in texts.items()}
         arrays |= _arrays_in(self._optimizer)
         for key, value in (self._held or arrays).items():
@@ -365,9 +369,7 @@ class SavedState(tf.train.experimental.PythonState):
         """Loads all of a file, or raises and loads nothing."""
         now = self.layout()
         keys = _layout.keys_for(saved, now)
-        values = {}
-        if keys is None or not saved["trained"]:
-            values = self._fresh_values(store)
+        values = {} if keys and saved["trained"] else self._fresh_values(store)
         for key, key_before in (keys or {}).items():
             values[key] = _read(store, key_before, now["arrays"][key][-1])
         notes = self._notes_in(saved, store)
@@ -394,7 +396,7 @@ class SavedState(tf.train.experimental.PythonState):
         """Sets `phase_starts`, those of sequences among the children included."""
         for prefix, one in _tree(self._optimizer):
             before = saved["optimizers"].get(prefix)
-            if before and _is_sequence(one):
+            if before and is_sequence(one):
                 phases = [*before["phases"], *[[None, -1]] * len(one.child_of_phase)]
                 pairs = zip(one.child_of_phase, phases, strict=False)
                 starts = [s if child == now else -1 for now, (child, s) in pairs]
@@ -403,6 +405,10 @@ class SavedState(tf.train.experimental.PythonState):
     def _fresh_values(self, store: Any) -> Arrays:
         """Returns the saved counters, and fresh values for everything else."""
         optimizer = self._optimizer
+        # The first variables of every sequence: iteration, min_phase and last_child.
+        values = {key: _read(store, key, ()) for key in ("0", "1", "2")}
+        # The call counter goes back to where its window of accumulation began.
+        values["0"] -= values["0"] % (optimizer.gradient_accumulation_steps or 1)
         # A user's classes need not be registered.
         classes = {type(child).__name__: type(child) for child in optimizer.children}
         twin = type(optimizer).from_config(optimizer.get_config(), classes)
@@ -410,9 +416,6 @@ class SavedState(tf.train.experimental.PythonState):
         if twin.use_ema:
             # Keras starts the averages from the weights at update 0, which is past.
             _keras.update_averages(twin)
-        values = {key: _read(store, key, ()) for key in ("0", "1", "2")}
-        # A window of accumulation starts afresh, too.
-        values["0"] -= values["0"] % (optimizer.gradient_accumulation_steps or 1)
         return _arrays_in(twin) | values
 
     def _notes_in(self, saved: Layout, store: Any) -> Arrays:
@@ -483,9 +486,9 @@ class SavedState(tf.train.experimental.PythonState):
         return self._restore[1]
 
     def _pass_over(self, what: str, is_of_another: bool = True) -> None:
-        """Refuses what another optimizer saved, or warns and starts afresh.
+        """Raises if a built optimizer gets what another one saved, and else warns.
 
-        The latter before `build`, as Keras does, because fine-tuning needs that.
+        Before `build` it only warns, as Keras does, because fine-tuning needs that.
         """
         if is_of_another and self._optimizer.built:
             raise ValueError(

@@ -24,7 +24,7 @@ import numpy as np
 import tensorflow as tf
 
 from sequential_optimizer import _keras
-from sequential_optimizer._saving import STATE, held_by
+from sequential_optimizer._saving import held_by, is_sequence
 
 _DIGITS = 127  # per power of two in bfloat16, without the power itself
 
@@ -68,8 +68,7 @@ def find_copies(child: Any, starts_later: bool) -> list[tuple[Any, Pairs]]:
                 "What an optimizer's `build` takes from the weights must be copies of "
                 "them, which can be taken again when its phase starts. Received: "
                 f"`{optimizer.name}`, {reason}. By then {len(stale)} of its variables "
-                f"may be out of date: {stale[:3]}. Set them in the first update, where "
-                "`iterations` is 0, or copy the weights, in a class with a config.",
+                f"may be out of date: {stale[:3]}. Set them in its first update.",
                 stacklevel=3,
             )
     return found
@@ -77,8 +76,8 @@ def find_copies(child: Any, starts_later: bool) -> list[tuple[Any, Pairs]]:
 
 def _optimizers_in(optimizer: Any, seen: set[int]) -> Iterator[Any]:
     """Yields the optimizers that an optimizer holds, at any depth, and itself last."""
-    if hasattr(optimizer, STATE) or id(optimizer) in seen:
-        return  # A SequentialOptimizer looks after its own children.
+    if is_sequence(optimizer) or id(optimizer) in seen:
+        return  # A sequence looks after its own children.
     seen.add(id(optimizer))
     for _, inner in held_by(optimizer):
         if isinstance(inner, keras.optimizers.Optimizer):

@@ -566,7 +566,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     def __dir__(self) -> Iterable[str]:
         # In this list Keras finds what else to save and load. It would load children
         # one by one, after this optimizer, and continue when one of them does not fit.
-        return [name for name in super().__dir__() if name != "children"]
+        return [n for n in super().__dir__() if n not in ("children", "_weight_copies")]
 
     # TensorFlow has no public hooks for these two.
 

@@ -83,6 +83,19 @@ def test_custom_objects_are_needed_as_for_a_plain_optimizer(tmp_path, around):
     assert_same(state_of(loaded), state_of(model))
 
 
+def test_attribute_of_a_users_class_makes_it_no_sequence(tmp_path):
+    # A child was once taken for a sequence by the name of an attribute.
+    class Stateful(keras.optimizers.SGD):
+        _saved_state = "of the user"
+
+    model = build(make_model(SequentialOptimizer([Stateful(0.1), "adam"], [1])))
+    model.save_weights(tmp_path / "model.weights.h5")
+    assert (
+        "Stateful"
+        in model.optimizer._saved_state.layout()["optimizers"]["children/0/"]["class"]
+    )
+
+
 def test_from_config_passes_custom_objects():
     # Keras puts the schedule itself in its place, in the config that it is given.
     schedule = optimizers.schedules.ExponentialDecay(0.05, 1, 0.5)
