@@ -16,15 +16,15 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from keras.src.backend.common import global_state
 
 
 def check_keras() -> None:
     """Raises ImportError unless `tf.keras` is a Keras 3 this package works with."""
     version = tuple(int(part) for part in keras.__version__.split(".")[:2])
-    backend, legacy = keras.config.backend(), os.environ.get("TF_USE_LEGACY_KERAS")
-    is_keras_2 = legacy in ("1", "True", "true")
-    if is_keras_2 or version < (3, 5) or backend != "tensorflow":
+    legacy = os.environ.get("TF_USE_LEGACY_KERAS")
+    backend = keras.config.backend() if version >= (3, 0) else "tensorflow"
+    is_keras_2 = version < (3, 5) or legacy in ("1", "True", "true")
+    if is_keras_2 or backend != "tensorflow":
         raise ImportError(
             "`sequential_optimizer` needs Keras >= 3.5 with the TensorFlow backend. "
             f"Received: Keras {keras.__version__}, the backend {backend!r} and "
@@ -35,6 +35,9 @@ def check_keras() -> None:
 
 
 # --- the base class of optimizers --------------------------------------------
+check_keras()  # before anything here needs a name that Keras 2 does not have
+
+
 
 
 def own_variables(optimizer: Any) -> list[keras.Variable]:
@@ -118,6 +121,8 @@ def path_of(variable: Any) -> str:
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
     """Restores the random state of Keras, NumPy and Python at the end."""
+    from keras.src.backend.common import global_state  # not in Keras 2
+
     generator = global_state.get_global_attribute("global_seed_generator")
     python, numpy = random.getstate(), np.random.get_state()
     # Keras makes a new one if it needs one.

@@ -16,8 +16,6 @@ from sequential_optimizer._saving import STATE, Commit, SavedState
 from sequential_optimizer._switch_case import switch_case
 from sequential_optimizer._weight_copies import are_initialized, find_copies, retake
 
-_keras.check_keras()
-
 # AutoGraph leaves Keras' code as it is, but would rewrite ours.
 _not_autographed = tf.autograph.experimental.do_not_convert
 

@@ -120,10 +120,11 @@ def test_private_name_is_still_there(name):
 
 
 def test_keras_still_has_the_global_seed_generator():
+    from keras.src.backend.common import global_state
+
     # As above, for `_keras.random_state_kept`.
     keras.random.uniform(())
-    name = "global_seed_generator"
-    assert _keras.global_state.get_global_attribute(name) is not None
+    assert global_state.get_global_attribute("global_seed_generator") is not None
 
 
 def test_operations_still_have_the_private_set_attr():

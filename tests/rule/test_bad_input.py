@@ -191,6 +191,14 @@ def test_old_keras_is_refused(monkeypatch):
     _keras.check_keras()
 
 
+def test_keras_2_is_refused(monkeypatch):
+    # A name that Keras 2 does not have once failed before the message.
+    monkeypatch.setattr(keras, "__version__", "2.15.0")
+    monkeypatch.delattr(keras.config, "backend")
+    with refuses("Keras >= 3.5", error=ImportError):
+        _keras.check_keras()
+
+
 def test_other_backend_is_refused(monkeypatch):
     monkeypatch.setattr(keras.config, "backend", lambda: "jax")
     with refuses("TensorFlow backend", error=ImportError):
