@@ -2,15 +2,16 @@
 
 A new version of either should need changes in this file only. Each function stands
 for one private name; `test_private_name_is_still_there` fails and says which names a
-version no longer has. Three hooks have to be methods and are not here:
-`_trackable_children` and `_lookup_dependency` of `SequentialOptimizer`, and
+version no longer has. Five hooks have to be methods and are not here:
+`_trackable_children` and `_lookup_dependency` of `SequentialOptimizer`,
+`_serialize_to_tensors` and `_restore_from_tensors` of `Commit`, and
 `_distributed_tf_update_step` of `QuasiNewton`.
 """
 
 import contextlib
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
@@ -34,10 +35,10 @@ def check_keras() -> None:
         )
 
 
-# --- the base class of optimizers --------------------------------------------
 check_keras()  # before anything here needs a name that Keras 2 does not have
 
 
+# --- the base class of optimizers --------------------------------------------
 
 
 def own_variables(optimizer: Any) -> list[keras.Variable]:
@@ -85,14 +86,13 @@ def update_averages(optimizer: Any) -> None:
     optimizer._update_model_variables_moving_average(trained_variables(optimizer))
 
 
-def overwrite_with_averages(optimizer: Any) -> None:
-    """Sets the weights to their averages, then applies their constraints."""
-    variables = trained_variables(optimizer)
-    optimizer._overwrite_model_variables_with_average_value(variables)
-    # The average of weights on, say, a sphere is not on it.
-    for variable in variables:
-        if variable.constraint is not None:
-            optimizer.assign(variable, variable.constraint(variable))
+def set_to_averages(optimizer: Any, variables: Iterable[Any]) -> None:
+    """Sets those of the variables that have a moving average to it."""
+    averages = optimizer._model_variables_moving_average
+    for variable in (v for v in variables if is_trained(optimizer, v)):
+        average = averages[optimizer._get_variable_index(variable)]
+        if average is not None:
+            optimizer.assign(variable, average)
 
 
 # --- variables ---------------------------------------------------------------
@@ -161,9 +161,6 @@ def stop_propagating_constants(operation: tf.Operation) -> None:
     operation._set_attr(PROPAGATE_CONSTANTS, tf.compat.v1.AttrValue(b=False))
 
 
-_SMALL = 128  # elements; TensorFlow has the same limit for eager tensors
-
-
 def repeat_constants(graph: Any) -> None:
     """Lets a graph repeat the small constants of the graphs around it.
 
@@ -186,7 +183,8 @@ def repeat_constants(graph: Any) -> None:
 
 def _is_small_constant(tensor: Any, graph: Any) -> bool:
     """Whether a tensor is a small constant from outside `graph`."""
-    is_small = (tensor.shape.num_elements() or 0) <= _SMALL
+    # TensorFlow has the same limit for eager tensors.
+    is_small = (tensor.shape.num_elements() or 0) <= 128
     is_eager = not tf.is_symbolic_tensor(tensor)
     is_constant = is_eager or (tensor.graph is not graph and tensor.op.type == "Const")
     return is_small and is_constant and tensor.dtype.is_numpy_compatible

@@ -477,7 +477,15 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         _keras.update_averages(self)
         if self.ema_overwrite_frequency:
             is_due = (self.iterations + 1) % self.ema_overwrite_frequency == 0
-            tf.cond(is_due, lambda: _keras.overwrite_with_averages(self), lambda: None)
+            tf.cond(is_due, self._overwrite_with_averages, lambda: None)
+
+    def _overwrite_with_averages(self) -> None:
+        variables = _keras.trained_variables(self)
+        _keras.set_to_averages(self, variables)
+        # The average of weights on, say, a sphere is not on it.
+        for variable in variables:
+            if variable.constraint is not None:
+                self.assign(variable, variable.constraint(variable))
 
     @_not_autographed
     def finalize_variable_values(self, var_list: Iterable[Any]) -> None:
@@ -492,7 +500,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         """
         variables = list(var_list)
         if self.use_ema:
-            finalize = partial(super().finalize_variable_values, variables)
+            finalize = partial(_keras.set_to_averages, self, variables)
             # Before the first update the average is zero.
             tf.cond(tf.greater(self.iterations, 0), finalize, lambda: None)
             return

@@ -102,7 +102,6 @@ def test_tensorflow_still_asks_for_compile_time_constants():
         "_learning_rate",
         "_lookup_dependency",
         "_model_variables_moving_average",
-        "_overwrite_model_variables_with_average_value",
         "_trackable_children",
         "_trainable_variables",
         "_trainable_variables_indices",
@@ -120,9 +119,9 @@ def test_private_name_is_still_there(name):
 
 
 def test_keras_still_has_the_global_seed_generator():
+    # As above, for `_keras.random_state_kept`.
     from keras.src.backend.common import global_state
 
-    # As above, for `_keras.random_state_kept`.
     keras.random.uniform(())
     assert global_state.get_global_attribute("global_seed_generator") is not None
 

@@ -261,6 +261,19 @@ def test_finalize_gives_the_weights_the_average_of_all_phases(updates):
     assert_same(finalized(optimizer, variables), averages)
 
 
+def test_finalize_leaves_a_frozen_weight_and_finds_the_average_of_the_others():
+    # `fit` passes what is trainable at its end. Keras pairs that with all averages, so
+    # a weight once got the average of the one that was frozen.
+    frozen, other = make_variables([(2,), (2,)])
+    optimizer = SequentialOptimizer(adam_then_sgd(), [2], use_ema=True)
+    optimizer.build([frozen, other])
+    for gradients in make_gradients([frozen, other], 4):
+        optimizer.apply(gradients, [frozen, other])
+    (before,), (_, average) = weights_of([frozen]), values_of(optimizer, "_average")
+    optimizer.finalize_variable_values([other, keras.Variable([1.0, 2.0])])
+    assert_same(weights_of([frozen, other]), [before, average])
+
+
 def test_parents_average_goes_before_the_childs_own():
     child = make_adam(use_ema=True, ema_momentum=0.9)
     optimizer = SequentialOptimizer([child], [], use_ema=True, ema_momentum=0.1)
