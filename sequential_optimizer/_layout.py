@@ -34,7 +34,7 @@ FORM: Any = {
     "arrays": {str: (str, str, [int])},
     # Path, the path to compare by (see `_trained_by`), shape. Empty before `build`.
     "trained": [(str, str, str)],
-    # Arrays in base64.
+    # The bytes of each note, in base64; none in a Keras file.
     "bytes": {str: str},
 }
 
@@ -45,7 +45,7 @@ Layout = dict[str, Any]
 
 
 def parse(text: bytes) -> Layout:
-    """Parses and checks a layout, and decodes the arrays in it."""
+    """Parses and checks a layout, and decodes the notes in it."""
     try:
         layout = json.loads(text)
         _check_form(layout, FORM)
@@ -62,8 +62,7 @@ def parse(text: bytes) -> Layout:
         raise ValueError(
             "The saved layout of a `SequentialOptimizer` must be one that this version "
             f"of sequential_optimizer writes (version {VERSION}). Received: "
-            f"{text[:200]!r}. Load it with the version that saved it, or check that "
-            "the file is intact."
+            f"{text[:200]!r}. Load it with the version that saved it, if it is intact."
         ) from error
     return layout
 
@@ -99,8 +98,7 @@ def _check_rule(saved: Layout, now: Layout) -> None:
                     "have must be the same (class, name, variables), in the same "
                     f"order. Received: {_described(saved)}, now {_described(now)}, "
                     f"with another {what} of {which}: {was!s:.200}, now {is_now!s:.200}"
-                    ". Load it into the sequence that was saved, and build the new one "
-                    "from its children."
+                    ". Load it into the same sequence, then use its children here."
                 )
 
 
@@ -112,7 +110,9 @@ def _described(layout: Layout) -> str:
 
 
 def keys_for(saved: Layout, now: Layout) -> dict[str, str] | None:
-    """Returns each array's key in the saved layout, or `None` to start afresh.
+    """Returns a dict from each array's key to its key in the saved layout.
+
+    Or `None` if the children are to start afresh.
 
     Raises:
         ValueError: if what was saved must not be loaded.
@@ -150,7 +150,7 @@ def _arrays_of(layout: Layout, prefix: str, by_name: bool) -> dict[str, Any]:
 
 
 def _names_tell(saved: Layout, now: Layout) -> bool:
-    """Whether every array's name tells which trained variable it belongs to."""
+    """Whether the name of each array, but for scalars, tells the trained variable."""
     silent = {of for of, name, shape in now["arrays"].values() if shape and not name}
     return silent.isdisjoint(saved["optimizers"])
 
@@ -159,6 +159,7 @@ def _is_same_order(saved: Layout, now: Layout) -> bool:
     """Whether shapes and paths are the same, up to models that layers are nested in.
 
     A path may begin with the names of these models; Keras drops them when it loads one.
+    Also true if either optimizer was not built: then there is nothing to compare.
     """
     before, current = _plain(saved), _plain(now)
     same_shapes = [shape for _, shape in before] == [shape for _, shape in current]
@@ -177,7 +178,7 @@ def _are_same_weights(saved: Layout, now: Layout) -> bool:
     """Whether the trained variables are the same ones, in any order.
 
     Raises:
-        ValueError: if not a single one is the same.
+        ValueError: if none has the end of its path and its shape in common.
     """
     if sorted(_plain(saved)) == sorted(_plain(now)):
         return True
@@ -203,7 +204,7 @@ def check_by_position(saved: Layout, now: Layout) -> None:
     """Raises unless TensorFlow will put all variables where they belong."""
     keys_for(saved, now)
     has_trained = max(start for _, start in now["optimizers"][""]["phases"]) >= 0
-    # What was saved before `build` would reset the counters, and no more.
+    # One saved before `build` would reset the counters, and restore nothing else.
     if (has_trained and not saved["trained"]) or not _is_same_order(saved, now):
         raise ValueError(
             "A checkpoint must be of the same variables, trained in the same order, by "

@@ -52,8 +52,7 @@ class Phases:
                 f"`None`. Received: boundaries={boundaries!r}, {len(child_of_phase)} "
                 "optimizers. Count updates (steps) from the start of training."
             )
-        parsed = tuple(b if b is None else int(b) for b in boundaries)
-        return cls(parsed, child_of_phase)
+        return cls(tuple(b and int(b) for b in boundaries), child_of_phase)
 
     @property
     def last(self) -> int:
@@ -130,8 +129,7 @@ def switches_between(before: Any, now: Any, iterations_before: int) -> list[Swit
         # A resumed run whose boundaries were raised.
         return [(iterations_before, last, end)]
     phases = [last, *(k for k, start in enumerate(now) if k > last and start >= 0)]
-    pairs = itertools.pairwise(phases)
-    return [(int(now[k]), before, k) for before, k in pairs if before >= 0]
+    return [(int(now[k]), old, k) for old, k in itertools.pairwise(phases) if old >= 0]
 
 
 def _is_integer(value: Any) -> bool:

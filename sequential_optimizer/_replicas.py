@@ -51,8 +51,7 @@ def check_in_replica() -> None:
     if tf.distribute.in_cross_replica_context():
         raise ValueError(
             "`apply` must be called in each replica. Received: a call in cross-replica "
-            f"context {_strategy_in_words()}. Call it in the function that you pass to "
-            "`strategy.run(...)`."
+            f"context {_strategy_in_words()}. Call it inside of `strategy.run(...)`."
         )
 
 

@@ -40,8 +40,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     or not the child's phase has begun.
 
     **Boundary rule.** Update number `t`, counted from 0, runs in phase `k`, where
-    `k` is the number of leading boundaries that are <= `t`. So a boundary `b` means
-    that the first `b` updates belong to the earlier child, as in optax's
+    `k` is the number of integers in `boundaries` that are <= `t`. So a boundary `b`
+    means that the first `b` updates belong to the earlier child, as in optax's
     `join_schedules` and PyTorch's `SequentialLR`. (Keras' own
     `PiecewiseConstantDecay([b], ...)` changes one update later.) `advance()` ends a
     phase before its integer boundary, or at any time if its boundary is `None`.
@@ -223,8 +223,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         """
         if not tf.executing_eagerly():
             raise RuntimeError(
-                "`active_child()` must be called outside of a `tf.function`, in which "
-                "the phase has no Python value. Use the tensor `phase` there."
+                "`active_child()` must be called outside of a `tf.function`. Received: "
+                "a call inside of one. Use the tensor `phase` there."
             )
         return self.children[int(self._phases.child(self.phase))]
 
@@ -232,15 +232,15 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     def advance(self, to: int | None = None) -> None:
         """Ends the current phase, or every phase before `to`, at this iteration.
 
-        Does nothing in the last phase, or if phase `to` has begun already. So pass `to`
-        in a callback that may run twice, for an epoch that is resumed. Works in eager
-        and in graph code, in `tf.cond`, `tf.while_loop` and under XLA. A phase that was
-        ended stays ended when the optimizer is saved and loaded.
+        Does nothing in the last phase, or if the current phase is `to` or a later one.
+        So a callback that may run twice for one epoch, after a resume, should pass
+        `to`. Works in eager and in graph code, in `tf.cond`, `tf.while_loop` and under
+        XLA. A phase that was ended stays ended when the optimizer is saved and loaded.
 
         Under `tf.distribute`, call this outside `strategy.run(...)`, or in every
         replica alike. If one worker of a `MultiWorkerMirroredStrategy` calls it,
         all of them switch before their next update; until that update only this worker
-        knows, so save after it.
+        knows, so save after that update.
 
         Args:
             to: int, index of the phase that is to run, or `None` (the default) for the
@@ -267,8 +267,10 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         A variable or a scalar float tensor; in a graph, NaN for a child that has
         several rates (`MultiOptimizer`). Set it with `=`, because a tensor has no
         `assign`; this sets the active child's. In a graph the value must be a number;
-        outside graphs it may be anything that the child accepts. A child created with a
-        `LearningRateSchedule` raises `TypeError` if a number is set, as it would alone.
+        outside graphs it may be anything that the child accepts. If a child was created
+        with a `LearningRateSchedule`, setting a number raises `TypeError`: outside
+        graphs while that child is active, and in a graph always, because all children
+        are traced.
         """
         if tf.executing_eagerly():
             return self.active_child().learning_rate
@@ -295,11 +297,9 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         _replicas.once_across_replicas(self._set_learning_rate, learning_rate)
 
     def _set_learning_rate(self, learning_rate: Any) -> None:
-        def set_on(i: int) -> None:
-            child = self.children[i]
-            _replicas.for_each_replica(setattr, child, "learning_rate", learning_rate)
-
-        self._switch(self.phase, set_on)
+        args = "learning_rate", learning_rate
+        set_on = [partial(setattr, child, *args) for child in self.children]
+        self._switch(self.phase, lambda i: _replicas.for_each_replica(set_on[i]))
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -361,7 +361,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     #
     # The path of the gradients, from one method to the next:
     #
-    #   apply          check -> scale -> the replicas meet
+    #   apply          check -> build -> the workers agree on the phase -> scale
+    #                      -> the replicas meet
     #   _apply             -> accumulate, or update -> average -> count
     #   _accumulate            -> add to the sums, or update with their mean
     #   _update                -> switch: in the branch of one child,

@@ -69,8 +69,7 @@ def plot_history(
         # Unless nothing else was asked for.
         metrics = [m for m in metrics if not m.startswith("val_")] or metrics
     _check_columns(columns, ["phase", *metrics, *["learning_rate"] * learning_rate])
-    found = sequences_of(getattr(history, "model", None))
-    sequence = found[0] if len(found) == 1 else None
+    sequence = next(iter(sequences_of(getattr(history, "model", None))), None)
     phases = [int(phase) for phase in columns["phase"]]
     names = _names(names, sequence, max(phases) + 1)
     # Keras counts epochs from 0 in `History.epoch`, and from 1 on the screen.
@@ -159,8 +158,7 @@ def _shade_phases(ax: "Axes", begins: dict[float, int], names: Sequence[str]) ->
 def _plot_learning_rate(ax: "Axes", edges: list[float], learning_rate: Any) -> None:
     right = ax.twinx()
     right.stairs(learning_rate, edges, baseline=None, color="0.5", linestyle=":")
-    right.set_yscale("log")
-    right.set_ylabel("learning rate (dotted)", color="0.5")
+    right.set(yscale="log", ylabel="learning rate (dotted)")
     right.tick_params(which="both", colors="0.5")
     # Otherwise the learning rate would be drawn over the legend.
     ax.set_zorder(right.get_zorder() + 1)

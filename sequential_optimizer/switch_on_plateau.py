@@ -111,8 +111,7 @@ class SwitchOnPlateau(keras.callbacks.Callback):
             value = getattr(self, name)
             if not value >= 0:
                 raise ValueError(
-                    f"`{name}` must be >= 0. Received: {name}={value!r}. "
-                    "Pass 0 to do without."
+                    f"`{name}` must be >= 0. Received: {name}={value!r}. Use 0 or more."
                 )
 
     def set_model(self, model: keras.Model) -> None:
@@ -151,8 +150,7 @@ class SwitchOnPlateau(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Looks at the metric, and ends the phase if it has stalled."""
-        logs = logs or {}
-        seen, phase = self._read(), int(self._sequence.phase)
+        logs, seen, phase = logs or {}, self._read(), int(self._sequence.phase)
         if seen.next_epoch > epoch:
             raise ValueError(
                 "Each `SwitchOnPlateau` must watch a different metric. Received: two "
