@@ -59,6 +59,11 @@ class LBFGS(QuasiNewton):
     with all that is needed to continue, and the next phase may start from one. If
     something else sets the weights, the search starts there, with all it has learned.
 
+    **Loss scaling.** A `LossScaleOptimizer`, which `compile` puts around an optimizer
+    under the policy `mixed_float16`, skips a step whose gradient is not finite. The
+    search then never learns that its trial point went too far, and stays there: pass
+    `auto_scale_loss=False` to `compile`, and use `mixed_bfloat16` or float32.
+
     Example:
 
     >>> import tensorflow as tf

@@ -256,6 +256,21 @@ def test_child_sees_full_batches_after_stochastic_ones(make):
     assert_same(model.get_weights(), expected.get_weights(), ATOL)
 
 
+def test_loss_scaling_hides_a_trial_point_without_a_gradient():
+    # If this fails, Keras passes on gradients that are not finite: take the warning out
+    # of the docstring of LBFGS.
+    def final_weight(wrap):
+        weight, optimizer = tf.Variable([1.0]), wrap(LBFGS(1.0))
+        for _ in range(30):
+            with tf.GradientTape() as tape:
+                loss = optimizer.scale_loss(tf.reduce_sum(tf.sqrt(weight - 0.9)))
+            optimizer.apply([tape.gradient(loss, weight)], [weight])
+        return float(weight[0])
+
+    np.testing.assert_allclose(final_weight(lambda search: search), 0.9, rtol=1e-6)
+    assert final_weight(keras.optimizers.LossScaleOptimizer) == 0.0
+
+
 def test_layer_that_is_frozen_in_mid_training_stays(make, mode):
     # It once moved on, by what the search had learned before.
     shapes = [(3,), (2, 2)]
