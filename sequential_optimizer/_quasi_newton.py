@@ -18,9 +18,15 @@ A pair is kept if its curvature y.s is positive beyond rounding. If -H h is not 
 or not downhill, H is forgotten, and d is the steepest descent. After ten rejected trial
 points in a row the next is accepted; if the gradient there is not finite, the search
 goes back to x, forgets H, and tries the steepest descent.
+
+At the end of `fit` the model goes back to x, where the next `fit` starts; after trial
+points that were rejected, with a step no longer than the one that was due. A `fit` that
+ends right after its start leaves the model at the trial point: if it went back, fits of
+one step each would never move.
 """
 
 import math
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -41,7 +47,8 @@ from sequential_optimizer._vectors import (
 
 _MAX_REJECTIONS = 10
 _MAX_SLOPE = 0.9  # at a trial point, relative to the one at the accepted point
-_MIN_CURVATURE = 1e-8  # of a pair, relative to the product of its norms
+# Of a pair, relative to the product of its norms: beyond rounding.
+_MIN_CURVATURE = {"float32": 8 * EPSILON["float32"], "float64": 1e-8}
 # Below this, a gradient is mostly rounding.
 _GRADIENT_TOLERANCE = {"float32": 1e-7, "float64": 1e-10}
 
@@ -85,9 +92,10 @@ class _Search(NamedTuple):
     point: Any  # x
     gradient: Any  # g
     direction: Any  # d
-    step: Any  # t, zero if there is no trial point
-    rejected: Any  # how many trial points in a row
+    step: Any  # t; without a trial point zero, or minus the longest step to try next
+    rejected: Any  # how many trial points in a row; -1 if the first is to be judged
     pairs: Any  # how many there are in the memory
+    given: Any  # tells for which variables there were gradients in the last call
 
 
 class _Verdict(NamedTuple):
@@ -213,6 +221,7 @@ class QuasiNewton(keras.optimizers.Optimizer):
             step=add("step"),
             rejected=add("rejected", dtype="int64"),
             pairs=add("pairs", dtype="int64"),
+            given=add("given", dtype="int64"),
         )
         super().build(variables)
 
@@ -279,15 +288,15 @@ class QuasiNewton(keras.optimizers.Optimizer):
         """Judges the trial point and moves the weights to the next one."""
         search = _Search(*(tf.convert_to_tensor(slot) for slot in slots))
         dtype = search.point.dtype
-        # What has no gradient stays where it is, such as a layer that was frozen.
-        is_free = where_given(grads, variables)
-        search = search._replace(direction=tf.where(is_free, search.direction, 0))
         found = flat_gradient(grads, variables, dtype)
         trial, is_trial = _trial(search, variables)
+        # If a layer was frozen or unfrozen, the gradients cannot be compared.
+        given = zlib.crc32(bytes(gradient is not None for gradient in grads))
+        is_trial &= search.given == given
         verdict = _judge(search, found, is_trial)
 
         step, change = search.step * search.direction, found - search.gradient
-        enough = _MIN_CURVATURE * _norm(step) * _norm(change)
+        enough = _MIN_CURVATURE[dtype.name] * _norm(step) * _norm(change)
         is_kept = verdict.accepts & is_trial & (dot(step, change) > enough)
         pair = Pair(step, change, is_kept, search.pairs)
         gradient = tf.where(verdict.accepts, found, search.gradient)
@@ -302,13 +311,14 @@ class QuasiNewton(keras.optimizers.Optimizer):
         rejects = ~turns & ~verdict.stays
         is_usable = (pair.count > 0) & _is_downhill(product, gradient) & ~verdict.resets
         descent = -tf.where(is_usable, product, _steepest(gradient))
-        descent = tf.where(is_free, descent, 0)
+        # What has no gradient stays where it is, such as a layer that was frozen.
+        descent = tf.where(where_given(grads, variables), descent, 0)
         direction = tf.where(turns, descent, search.direction)
-        step = tf.where(
-            turns,
-            _largest_step(direction, tf.cast(learning_rate, dtype)),
-            _shorter_step(search, found),
-        )
+        longest = _largest_step(direction, tf.cast(learning_rate, dtype))
+        longest = tf.where(search.step < 0, tf.minimum(longest, -search.step), longest)
+        step = tf.where(turns, longest, _shorter_step(search, found))
+        starts = tf.cast(verdict.accepts & ~is_trial, tf.int64)
+        rejected = tf.where(rejects, tf.maximum(search.rejected, 0) + 1, -starts)
         pairs = tf.where(is_usable | is_converged | ~turns, pair.count, 0)
         # Always true. It tells XLA that nothing reads the old gradient after this, so
         # that the branches of a switch that leave it alone need no copy of it.
@@ -318,8 +328,9 @@ class QuasiNewton(keras.optimizers.Optimizer):
             gradient=tf.where(verdict.accepts & is_last, found, search.gradient),
             direction=direction,
             step=tf.where(verdict.stays | is_converged, tf.zeros_like(step), step),
-            rejected=tf.where(rejects, search.rejected + 1, 0),
+            rejected=rejected,
             pairs=pairs,
+            given=tf.constant(given, tf.int64),
         )
         for slot, value in zip(slots, after, strict=True):
             slot.assign(value)
@@ -329,16 +340,22 @@ class QuasiNewton(keras.optimizers.Optimizer):
     def finalize_variable_values(self, var_list: Iterable[Any]) -> None:
         """Goes back from a trial point that no call has judged; for the end of `fit`.
 
+        Unless the search has just started: then nothing happens.
+
         Args:
             var_list: list of the variables that the optimizer was built on.
         """
+        if not self.built:
+            return
         search = _Search(*(tf.convert_to_tensor(slot) for slot in self._search))
         variables = [_keras.native(v) for v in _keras.trained_variables(self)]
         trial, is_trial = _trial(search, variables)
-        point = tf.where(is_trial, search.point, trial)
-        self.assign(self._search.point, point)
-        self.assign(self._search.step, tf.zeros_like(search.step))
-        set_flat(variables, point)
+        goes_back = is_trial & (search.rejected >= 0)
+        step = tf.where(is_trial & (search.rejected < 0), search.step, 0)
+        step = tf.where(goes_back & (search.rejected > 0), -search.step, step)
+        self.assign(self._search.point, tf.where(is_trial, search.point, trial))
+        self.assign(self._search.step, step)
+        set_flat(variables, tf.where(goes_back, search.point, trial))
 
 
 def _check_strategy(name: str) -> None:
@@ -363,10 +380,14 @@ def _trial(
     weights = flat(variables, search.point.dtype)
     step = search.step * search.direction
     trial = search.point + step
-    # A compiler may round `trial` once more or less than when it was assigned.
-    rounding = 4 * EPSILON[search.point.dtype.name] * (tf.abs(trial) + tf.abs(step))
-    coarsest = max(EPSILON[variable.dtype.name] for variable in variables)
-    rounding += coarsest * tf.abs(trial)
+    # A compiler may round `trial` once more or less than when it was assigned, and a
+    # callback may have added to the weights and subtracted again.
+    size = tf.abs(trial)
+    rounding = EPSILON[search.point.dtype.name] * (tf.reduce_max(size) + tf.abs(step))
+    dtypes = {variable.dtype.name for variable in variables}
+    # Below its smallest normal number, float16 is no more precise than there.
+    smallest = 2**-14 if "float16" in dtypes else 0
+    rounding = 4 * rounding + max(EPSILON[name] for name in dtypes) * (size + smallest)
     is_there = tf.reduce_all(tf.abs(weights - trial) <= rounding)
     # `trial` is the same point before it was rounded to the type of the weights.
     return tf.where(is_there, trial, weights), is_there & (search.step > 0)

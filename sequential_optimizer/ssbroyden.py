@@ -145,9 +145,10 @@ def _factors(b: tf.Tensor, h: tf.Tensor, size: int) -> tuple[tf.Tensor, tf.Tenso
     """
     # Zero where Hy is a multiple of s, and even negative by rounding.
     a = tf.maximum(h * b - 1, EPSILON[h.dtype.name])
-    lowest = tf.minimum(h * (1 - tf.sqrt(a / (a + 1))), 1)
+    # h (1 - sqrt(a / (a + 1))), without the cancellation.
+    lowest = tf.minimum(h / ((a + 1) * (1 + tf.sqrt(a / (a + 1)))), 1)
     theta = tf.clip_by_value((1 - b) / b, (lowest - 1) / a, 1 / lowest)
-    sigma = 1 + a * theta
+    sigma = tf.maximum(1 + a * theta, lowest)
     e = sigma ** (-1 / max(size - 1, 1))
     shrunk = tf.minimum(1 / b, 1)
     tau = tf.where(

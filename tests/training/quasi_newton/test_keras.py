@@ -271,6 +271,61 @@ def test_loss_scaling_hides_a_trial_point_without_a_gradient():
     assert final_weight(keras.optimizers.LossScaleOptimizer) == 0.0
 
 
+@pytest.mark.parametrize("learning_rate", [0.05, 1e3])
+def test_fits_of_one_step_move(make, learning_rate):
+    # Each once went back to where it had begun. With the longer steps, trial points are
+    # rejected, too.
+    model = make_model(4, 1)
+    model.compile(make(learning_rate), "mse", jit_compile=False)
+    x, y = make_data()
+    losses = [
+        model.fit(x, y, batch_size=16, shuffle=False, verbose=0).history["loss"][0]
+        for _ in range(60)
+    ]
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_fit_with_nothing_left_to_do(make):
+    # It once failed, where plain Keras returns.
+    model = make_model(1)
+    model.compile(make(), "mse")
+    model.fit(*make_data(), initial_epoch=5, epochs=5, verbose=0)
+    assert not model.optimizer.built
+
+
+def test_nothing_is_learned_when_a_layer_is_frozen_or_unfrozen(make):
+    # Its gradient, of which nothing was known before, was once taken for a change.
+    a, b = tf.Variable([1.0, 1.0]), tf.Variable([5.0, 5.0])
+    optimizer = make(0.05)
+    optimizer.build([a, b])
+    factor, pairs = tf.constant([1.0, 2.0]), []
+    for variables in [[a, b], [a, b], [a], [a], [a, b], [a, b]]:
+        optimizer.apply([factor * variable for variable in variables], variables)
+        pairs.append(pairs_of(optimizer))
+    assert pairs == [0, 1, 1, 2, 2, 3]
+
+
+def test_curvature_of_one_last_bit_is_not_learned(make):
+    weight = tf.Variable([0.0, 0.0])
+    optimizer = make(1e-2, gradient_tolerance=0.0)
+    optimizer.apply([tf.constant([-1.0, -1.0])], [weight])
+    optimizer.apply([tf.constant([0.0, -2.0 + 2.0**-23])], [weight])
+    assert pairs_of(optimizer) == 0
+
+
+def test_tiny_weights_in_float16(make):
+    # Below 2**-14 the distance between numbers no longer shrinks with the numbers, so
+    # the search once did not recognize its own trial points.
+    values, goal = (
+        tf.constant([large, *tiny], "float16")
+        for large, tiny in ((1.0, np.linspace(1e-5, 2e-5, 9)), (3.0, [1.5e-5] * 9))
+    )
+    weight, optimizer = tf.Variable(values), make(0.05)
+    for _ in range(8):
+        optimizer.apply([weight - goal], [weight])
+    assert pairs_of(optimizer) > 3
+
+
 def test_layer_that_is_frozen_in_mid_training_stays(make, mode):
     # It once moved on, by what the search had learned before.
     shapes = [(3,), (2, 2)]

@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 
 from sequential_optimizer import LBFGS, SSBroyden
+from sequential_optimizer.ssbroyden import _factors
 from tests.helpers.oracle import assert_same, compiled, weights_of
 from tests.training.quasi_newton.reference import LBFGSMemory, Search, SSBroydenMemory
 
@@ -172,3 +173,14 @@ def test_useless_memory_is_forgotten(method):
     assert int(named["pairs"]) == 0
     downhill = -gradient / np.linalg.norm(gradient) * 2.0**-6 * 2**0.5
     np.testing.assert_allclose(weight.numpy() - before, downhill, rtol=1e-12)
+
+
+@pytest.mark.parametrize("b", [0.5, 2.0, 1e3])
+@pytest.mark.parametrize("h", [1e3, 1e6, 1e8])
+def test_factors_are_as_exact_in_float32_as_they_can_be(b, h):
+    # In float32, 1 - sqrt(a / (a + 1)) was 0 for large a, and a sound H was lost.
+    single, double = (
+        [float(f) for f in _factors(tf.constant(b, t), tf.constant(h, t), 10)]
+        for t in (tf.float32, tf.float64)
+    )
+    np.testing.assert_allclose(single, double, rtol=2e-2)
