@@ -15,6 +15,7 @@ import contextlib
 import copy
 import itertools
 import math
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -25,6 +26,9 @@ import tensorflow as tf
 
 from sequential_optimizer import _keras
 from sequential_optimizer._saving import held_by, is_sequence
+
+# What the twins must not change is global: random state, and Python's warnings.
+_ONE_AT_A_TIME = threading.RLock()
 
 _DIGITS = 127  # per power of two in bfloat16, without the power itself
 
@@ -44,7 +48,7 @@ def are_initialized(variables: Iterable[Any]) -> bool:
 def retake(copies: Iterable[tuple[Any, Pairs]]) -> None:
     """Before an optimizer's first update, copies the weights as its `build` did."""
     for optimizer, pairs in copies:
-        is_first = tf.equal(_keras.call_count(optimizer), 0)
+        is_first = tf.equal(optimizer.iterations, 0)
         for slot, weight in pairs:
             value = tf.where(is_first, tf.cast(weight, slot.dtype), slot)
             optimizer.assign(slot, value)
@@ -63,7 +67,7 @@ def find_copies(child: Any, starts_later: bool) -> list[tuple[Any, Pairs]]:
         pairs, stale, reason = _examine(optimizer)
         if pairs:
             found.append((optimizer, pairs))
-        if stale and starts_later and not _keras.call_count(optimizer).numpy():
+        if stale and starts_later and not optimizer.iterations.numpy():
             warnings.warn(
                 "What an optimizer's `build` takes from the weights must be copies of "
                 "them, which can be taken again when its phase starts. Received: "
@@ -102,7 +106,7 @@ def _examine(optimizer: Any) -> tuple[Pairs, list[str], str]:
     """Returns the copies, the names of what may be out of date, and why."""
     slots, weights = _slots_of(optimizer), _keras.trained_variables(optimizer)
     try:
-        with _keras.random_state_kept(), warnings.catch_warnings():
+        with _ONE_AT_A_TIME, _keras.random_state_kept(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # The user has seen these already.
             probes = [_probe_like(weight) for weight in weights]
             first = _seen_in_twin(optimizer, slots, probes, 1)

@@ -351,10 +351,10 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                 if not child.built:
                     child.build(variables)
         with tf.init_scope():
-            super().build(variables)
             copies = [find_copies(c, i > 0) for i, c in enumerate(self.children)]
             # Not tracked: they are variables of the children.
             object.__setattr__(self, "_weight_copies", copies)
+            super().build(variables)
             self._saved_state.after_build()
 
     # --- apply ---------------------------------------------------------------

@@ -1,6 +1,9 @@
 """Children that copy the weights in `build` act as if built when their phase starts."""
 
 import random
+import threading
+import time
+import warnings
 
 import keras
 import numpy as np
@@ -106,6 +109,35 @@ class Wrapper(optimizers.Optimizer):
     def apply(self, grads, trainable_variables=None):
         self.inner.apply([g / 2 for g in grads], trainable_variables)
         self.assign_add(self._iterations, 1)
+
+
+class CountsElsewhere(optimizers.Optimizer):
+    """Has the iterations of what it wraps, as Keras' `LossScaleOptimizer` does."""
+
+    def __init__(self, **kwargs):
+        super().__init__(learning_rate=0.1, **kwargs)
+        self.inner = optimizers.SGD(0.1)
+
+    @property
+    def iterations(self):
+        return self.inner.iterations
+
+    def build(self, variables):
+        if not self.built:
+            self.inner.build(variables)
+            super().build(variables)
+            self.slow = [self.add_variable_from_reference(v, "slow") for v in variables]
+            for slow, variable in zip(self.slow, variables, strict=True):
+                self.assign(slow, variable)
+
+    def apply(self, grads, trainable_variables=None):
+        self.inner.apply(grads, trainable_variables)
+        for slow, variable in zip(self.slow, trainable_variables, strict=True):
+            self.assign(slow, (variable + slow) / 2)
+            self.assign(variable, (variable + slow) / 2)
+
+    def get_config(self):
+        return {"name": self.name}
 
 
 def check(make_child, make_variables=make_variables, mode="eager"):
@@ -252,6 +284,50 @@ def test_schedule_that_is_set_after_build():
 def test_copies_of_an_optimizer_that_a_child_holds(holder):
     # The copies stayed those from before training; a dict called `optimizers` raised.
     check(lambda: Wrapper(holder(Lookahead(0.1))))
+
+
+def test_copies_of_a_child_that_counts_elsewhere(mode):
+    # They were once taken again before every update.
+    check(CountsElsewhere, mode=mode)
+
+
+def test_build_that_is_interrupted_can_be_repeated():
+    # The next update once found an optimizer that was built by half.
+    class Interrupted(Lookahead):
+        builds = 0
+
+        def build(self, variables):
+            Interrupted.builds += 1
+            if Interrupted.builds == 2:  # of the twin
+                raise KeyboardInterrupt
+            super().build(variables)
+
+    optimizer = SequentialOptimizer([Interrupted(0.1)], [])
+    variables = make_variables()
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.build(variables)
+    optimizer.apply(make_gradients(variables, 1)[0], variables)
+    assert int(optimizer.iterations) == 1
+
+
+def test_builds_in_two_threads_leave_the_filters_of_warnings():
+    # Each sets and restores them; overlapping, they once left all warnings ignored.
+    class Slow(optimizers.SGD):
+        def build(self, variables):
+            time.sleep(float(self.learning_rate))
+            super().build(variables)
+
+    before = list(warnings.filters)
+    # The second begins and ends its twin after the first.
+    threads = [
+        threading.Thread(target=SequentialOptimizer([Slow(s)], []).build, args=[[v]])
+        for s, v in zip((0.2, 0.3), make_variables([(2,), (2,)]), strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert warnings.filters == before
 
 
 def test_copies_inside_a_multi_optimizer(mode):
