@@ -73,7 +73,9 @@ def plot_history(
     phases = [int(phase) for phase in columns["phase"]]
     names = _names(names, sequence, max(phases) + 1)
     # Keras counts epochs from 0 in `History.epoch`, and from 1 on the screen.
-    epochs = [epoch + 1 for epoch in getattr(history, "epoch", range(len(phases)))]
+    epochs = [epoch + 1 for epoch in getattr(history, "epoch", [])]
+    if len(epochs) != len(phases):  # columns alone, or of several fits
+        epochs = list(range(1, len(phases) + 1))
     edges = [epochs[0] - 0.5, *(epoch + 0.5 for epoch in epochs)]
     ax = ax or plt.subplots(layout="constrained")[1]
     for metric in metrics:

@@ -377,3 +377,11 @@ def test_one_metric_needs_no_list():
     # Its letters were once taken for columns.
     ax = plot_history(columns_of([0, 1]), metrics="loss")
     assert set(curves_of(ax)) == {"loss"}
+
+
+def test_history_of_several_fits_counts_on():
+    # Keras' `History` keeps the columns of earlier fits, but not their epochs.
+    history = keras.callbacks.History()
+    history.epoch, history.history = [0, 1], columns_of([0, 0, 1, 1])
+    points = curves_of(plot_history(history, metrics=["loss"]))["loss"]
+    assert [x for x, _ in points] == [1, 2, 3, 4]
