@@ -344,7 +344,7 @@ class SavedState(tf.train.experimental.PythonState):
     def write(self, store: Any) -> None:
         """Writes everything into a Keras file."""
         # The layout first: Keras may spread the arrays over several files.
-        texts = {"layout": json.dumps(self.layout()).encode()}
+        texts = {"layout": json.dumps(self.layout(), default=int).encode()}
         texts |= {f"notes/{key}": note.tobytes() for key, note in self.notes.items()}
         arrays = {key: np.frombuffer(text, np.uint8) for key, text in texts.items()}
         arrays |= _arrays_in(self._optimizer)
@@ -363,7 +363,8 @@ class SavedState(tf.train.experimental.PythonState):
         self._held = {"layout": np.asarray(store["layout"])}
         for key, (_, _, shape) in saved["arrays"].items():
             self._held[key] = _read(store, key, shape)
-        self._refused = False
+        # Not in `build`: a callback may have started over by then.
+        self.notes, self._refused = self._notes_in(saved, store), False
 
     def _load(self, saved: Layout, store: Any) -> None:
         """Loads all of a file, or raises and loads nothing."""
@@ -372,7 +373,7 @@ class SavedState(tf.train.experimental.PythonState):
         values = {} if keys and saved["trained"] else self._fresh_values(store)
         for key, key_before in (keys or {}).items():
             values[key] = _read(store, key_before, now["arrays"][key][-1])
-        notes = self._notes_in(saved, store)
+        notes = self.notes if self._held else self._notes_in(saved, store)
         for prefix, part in parts(self._optimizer):
             for key, variable in _variables_of(part).items():
                 if prefix + key in values:
@@ -448,7 +449,7 @@ class SavedState(tf.train.experimental.PythonState):
     def serialize(self) -> bytes:
         notes = {f"notes/{key}": note.tobytes() for key, note in self.notes.items()}
         texts = {key: base64.b64encode(text).decode() for key, text in notes.items()}
-        return json.dumps(self.layout() | {"bytes": texts}).encode()
+        return json.dumps(self.layout() | {"bytes": texts}, default=int).encode()
 
     def deserialize(self, string_value: Any) -> None:
         try:

@@ -122,7 +122,6 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         super().set_model(model)
         self._sequence = find_sequence(self)
         self._write(self._read())
-        self._noted = self._sequence.notes[self._seen_key]
 
     def on_train_begin(self, logs: Logs = None) -> None:
         """Starts over, unless a callback before this one has restored a backup."""
@@ -229,7 +228,7 @@ class SwitchOnPlateau(keras.callbacks.Callback):
     def _write(self, seen: _Seen, is_best: bool = False) -> None:
         """Notes what has been seen, and the weights if they are the best so far."""
         notes = self._sequence.notes
-        notes[self._seen_key] = np.array(astuple(seen))
+        self._noted = notes[self._seen_key] = np.array(astuple(seen))
         is_best = is_best or f"{self._weight_key}0" not in notes
         if self.restore_best_weights and is_best:
             for i, weight in enumerate(self.model.get_weights()):

@@ -613,6 +613,35 @@ def test_next_phase_starts_from_the_best_weights(policy, jit_compile):
         assert_same(after.before[epoch], before.after[epoch - 1])
 
 
+def test_each_run_of_a_loop_starts_over():
+    # The second was once taken for one that a backup had resumed.
+    model = compiled_model(make_sgds((None,)))
+    plateau = SwitchOnPlateau("loss", patience=3)
+    callbacks = keras.callbacks.CallbackList([plateau], model=model)
+    for _ in range(2):
+        callbacks.on_train_begin()
+        for epoch in range(2):
+            callbacks.on_epoch_end(epoch, {"loss": 1.0})
+        callbacks.on_train_end()
+    assert int(model.optimizer.phase) == 0
+
+
+def test_fit_after_load_weights_starts_over(tmp_path):
+    # What the file has of the callback was once loaded in the middle of the first
+    # epoch, when Keras builds the optimizer.
+    def make():
+        return compiled_model(make_sgds((None,)))
+
+    model = make()
+    fit(model, 3, [SwitchOnPlateau("loss", patience=9)])
+    model.save_weights(tmp_path / "model.weights.h5")
+    model = make()
+    model.load_weights(tmp_path / "model.weights.h5")
+    fit(model, 3, [SwitchOnPlateau("loss", patience=9)])
+    seen = model.optimizer.notes["SwitchOnPlateau/loss/seen"]
+    assert 3.0 in seen  # the next epoch
+
+
 def test_best_weights_are_not_kept_after_training():
     # Every later file once held them in vain, and a model that had become smaller could
     # not take them.

@@ -386,6 +386,14 @@ def test_child_that_copies_weights_is_loaded_once(tmp_path):
     assert_same(weights_of(other.optimizer.variables), before)
 
 
+def test_number_of_numpy_is_saved(tmp_path):
+    # `gradient_accumulation_steps=dataset.cardinality().numpy()` could not be saved.
+    model = build(make_model(adam_sgd(gradient_accumulation_steps=np.int64(4))))
+    model.save_weights(tmp_path / "model.weights.h5")
+    model.load_weights(tmp_path / "model.weights.h5")
+    tf.train.Checkpoint(model.optimizer).write(tmp_path / "ck")
+
+
 def test_file_in_several_shards_loads(tmp_path):
     # Its layout once came after the notes of callbacks, in a shard that was not read.
     if "max_shard_size" not in inspect.signature(keras.Model.save_weights).parameters:
