@@ -35,6 +35,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
         if not item.get_closest_marker("slow"):
             seen |= values
+    # First what takes longest, so that no worker is left with it in the end.
+    items.sort(
+        key=lambda item: (SLOW in item.path.parents, item.path.parent == SLOW),
+        reverse=True,  # which leaves tests with the same key in their order
+    )
 
 
 @pytest.fixture(params=MODES)

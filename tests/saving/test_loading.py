@@ -370,6 +370,9 @@ def test_model_that_was_frozen_after_the_training_loads(tmp_path, change, kwargs
     assert_same(weights_of(bare.weights), weights_of(model.weights))
 
 
+@pytest.mark.skipif(
+    not hasattr(optimizers, "ScheduleFreeAdamW"), reason="this Keras has none"
+)
 def test_child_that_copies_weights_is_loaded_once(tmp_path):
     # Keras found it a second time, with the copies, and loaded it by its position, also
     # after the sequence had refused the file.

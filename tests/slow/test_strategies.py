@@ -1,6 +1,5 @@
 """Runs the tests in `strategies/` under each strategy, each in its own process."""
 
-import concurrent.futures
 import os
 import re
 import subprocess
@@ -44,16 +43,9 @@ def run(name):
     return done.returncode, done.stdout
 
 
-@pytest.fixture(scope="module")
-def runs():
-    # Two at a time: these tests come last, when the other worker has none left.
-    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
-        yield {name: pool.submit(run, name) for name in STRATEGIES}
-
-
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_everything_holds_under_the_strategy(name, runs):
-    code, output = runs[name].result()
+def test_everything_holds_under_the_strategy(name):
+    code, output = run(name)
     assert code == 0, output
     passed = re.search(r"(\d+) passed", output)
     assert passed, output

@@ -22,6 +22,8 @@ FILES = [
     for path in sorted((SOURCE / folder).glob("*_test.py"))
 ]
 SECONDS = 600
+# Of tests/README.md.
+SENTENCE = r"In Keras ([\d.]+), (\d+) of .* (\d+) pass .* (\d+) are skipped, and (\d+) "
 
 pytestmark = pytest.mark.skipif(
     not FILES, reason="this version of Keras ships no tests"
@@ -95,18 +97,6 @@ def run(place, folder):
     return json.loads(report.read_text())
 
 
-@pytest.fixture(scope="module", params=PLACES)
-def place(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def tests(place, tmp_path_factory):
-    """The tests that got a SequentialOptimizer in one of the places."""
-    found = run(place, tmp_path_factory.mktemp(place))
-    return {name: test for name, test in found.items() if test["made"]}
-
-
 def reasons_for(name):
     return [
         reason
@@ -115,27 +105,48 @@ def reasons_for(name):
     ]
 
 
-def test_keras_tests_pass_or_are_known_not_to_apply(tests):
-    failed = {n: t["error"] for n, t in tests.items() if t["outcome"] == "failed"}
-    unknown = {n: error for n, error in failed.items() if not reasons_for(n)}
-    assert unknown == {}
-    # Most must still pass, or the replacement has become one that nobody can use.
-    assert len(failed) < len(tests) / 2
+class Suite:
+    """Keras' tests with a SequentialOptimizer in one of `PLACES`."""
+
+    @pytest.fixture(scope="class")
+    def tests(self, tmp_path_factory):
+        """Those that got one."""
+        found = run(self.place, tmp_path_factory.mktemp(self.place))
+        return {name: test for name, test in found.items() if test["made"]}
+
+    def test_keras_tests_pass_or_are_known_not_to_apply(self, tests):
+        failed = {n: t["error"] for n, t in tests.items() if t["outcome"] == "failed"}
+        unknown = {n: error for n, error in failed.items() if not reasons_for(n)}
+        assert unknown == {}
+        # Most must still pass, or the replacement has become one that nobody can use.
+        assert len(failed) < len(tests) / 2
+
+    def test_list_holds_nothing_that_passes(self, tests):
+        passed = [name for name, test in tests.items() if test["outcome"] == "passed"]
+        assert [name for name in passed if reasons_for(name)] == []
+
+    def test_readme_has_the_counts(self, tests):
+        text = re.sub(r"\s+", " ", (ROOT / "tests" / "README.md").read_text())
+        version, *numbers = re.search(SENTENCE, text).groups()
+        if version != keras.__version__:
+            pytest.skip(f"the README has those of Keras {version}")
+        outcomes = Counter(test["outcome"] for test in tests.values())
+        expected = [outcomes[name] for name in ("passed", "skipped", "failed")]
+        assert [int(number) for number in numbers] == [len(tests), *expected]
 
 
-def test_list_holds_nothing_that_passes(tests):
-    passed = [name for name, test in tests.items() if test["outcome"] == "passed"]
-    assert [name for name in passed if reasons_for(name)] == []
+# A class each, so that they run side by side.
+class TestOnly(Suite):
+    place = "only"
 
 
-def test_readme_has_the_counts(tests):
-    text = re.sub(r"\s+", " ", (ROOT / "tests" / "README.md").read_text())
-    version, *numbers = re.search(
-        r"In Keras ([\d.]+), (\d+) of .* (\d+) pass .* (\d+) are skipped, and (\d+) ",
-        text,
-    ).groups()
-    if version != keras.__version__:
-        pytest.skip(f"the README has those of Keras {version}")
-    outcomes = Counter(test["outcome"] for test in tests.values())
-    expected = [outcomes[name] for name in ("passed", "skipped", "failed")]
-    assert [int(number) for number in numbers] == [len(tests), *expected]
+class TestFirst(Suite):
+    place = "first"
+
+
+class TestSecond(Suite):
+    place = "second"
+
+
+def test_no_place_is_left_out():
+    assert {suite.place for suite in Suite.__subclasses__()} == set(PLACES)
