@@ -6,7 +6,8 @@ has to last from one call to the next is state: the last accepted point x, the g
 g there, the direction d and the step t. When a call begins, the model is at the trial
 point x + t d, and h is the gradient there:
 
-    weights are not x + t d:   something else has set them: the search starts there
+    weights are not x + t d, or other variables than before have gradients:
+                               the search starts where the weights are
     h is not finite:           try again with t <- t / 10
     h.d > 0.9 |g.d|:           try again with t <- the zero of the line through the
                                slopes g.d at 0 and h.d at t, clipped to [t / 10, t / 2]
@@ -17,7 +18,8 @@ point x + t d, and h is the gradient there:
 A pair is kept if its curvature y.s is positive beyond rounding. If -H h is not finite
 or not downhill, H is forgotten, and d is the steepest descent. After ten rejected trial
 points in a row the next is accepted; if the gradient there is not finite, the search
-goes back to x, forgets H, and tries the steepest descent.
+goes back to x, forgets H, and tries the steepest descent. For a variable without a
+gradient, d is zero.
 
 At the end of `fit` the model goes back to x, where the next `fit` starts; after trial
 points that were rejected, with a step no longer than the one that was due. A `fit` that
@@ -93,7 +95,7 @@ class _Search(NamedTuple):
     gradient: Any  # g
     direction: Any  # d
     step: Any  # t; without a trial point zero, or minus the longest step to try next
-    rejected: Any  # how many trial points in a row; -1 if the first is to be judged
+    rejected: Any  # how many trial points in a row; -1 at the first after a start
     pairs: Any  # how many there are in the memory
     given: Any  # tells for which variables there were gradients in the last call
 
@@ -289,10 +291,10 @@ class QuasiNewton(keras.optimizers.Optimizer):
         search = _Search(*(tf.convert_to_tensor(slot) for slot in slots))
         dtype = search.point.dtype
         found = flat_gradient(grads, variables, dtype)
-        trial, is_trial = _trial(search, variables)
+        trial, is_there = _trial(search, variables)
         # If a layer was frozen or unfrozen, the gradients cannot be compared.
         given = zlib.crc32(bytes(gradient is not None for gradient in grads))
-        is_trial &= search.given == given
+        is_trial = is_there & (search.step > 0) & (search.given == given)
         verdict = _judge(search, found, is_trial)
 
         step, change = search.step * search.direction, found - search.gradient
@@ -311,11 +313,13 @@ class QuasiNewton(keras.optimizers.Optimizer):
         rejects = ~turns & ~verdict.stays
         is_usable = (pair.count > 0) & _is_downhill(product, gradient) & ~verdict.resets
         descent = -tf.where(is_usable, product, _steepest(gradient))
-        # What has no gradient stays where it is, such as a layer that was frozen.
-        descent = tf.where(where_given(grads, variables), descent, 0)
+        if any(gradient is None for gradient in grads):
+            # It stays where it is, such as a layer that was frozen.
+            descent = tf.where(where_given(grads, variables), descent, 0)
         direction = tf.where(turns, descent, search.direction)
         longest = _largest_step(direction, tf.cast(learning_rate, dtype))
-        longest = tf.where(search.step < 0, tf.minimum(longest, -search.step), longest)
+        is_due = is_there & (search.step < 0)
+        longest = tf.where(is_due, tf.minimum(longest, -search.step), longest)
         step = tf.where(turns, longest, _shorter_step(search, found))
         starts = tf.cast(verdict.accepts & ~is_trial, tf.int64)
         rejected = tf.where(rejects, tf.maximum(search.rejected, 0) + 1, -starts)
@@ -340,7 +344,7 @@ class QuasiNewton(keras.optimizers.Optimizer):
     def finalize_variable_values(self, var_list: Iterable[Any]) -> None:
         """Goes back from a trial point that no call has judged; for the end of `fit`.
 
-        Unless the search has just started: then nothing happens.
+        If the search has only just started, the model stays at its first trial point.
 
         Args:
             var_list: list of the variables that the optimizer was built on.
@@ -349,10 +353,12 @@ class QuasiNewton(keras.optimizers.Optimizer):
             return
         search = _Search(*(tf.convert_to_tensor(slot) for slot in self._search))
         variables = [_keras.native(v) for v in _keras.trained_variables(self)]
-        trial, is_trial = _trial(search, variables)
+        trial, is_there = _trial(search, variables)
+        is_trial = is_there & (search.step > 0)
         goes_back = is_trial & (search.rejected >= 0)
-        step = tf.where(is_trial & (search.rejected < 0), search.step, 0)
-        step = tf.where(goes_back & (search.rejected > 0), -search.step, step)
+        kept = tf.where(search.rejected > 0, -search.step, 0)
+        kept = tf.where(goes_back, kept, search.step)
+        step = tf.where(is_there, kept, 0)
         self.assign(self._search.point, tf.where(is_trial, search.point, trial))
         self.assign(self._search.step, step)
         set_flat(variables, tf.where(goes_back, search.point, trial))
@@ -376,21 +382,23 @@ def _check_strategy(name: str) -> None:
 def _trial(
     search: _Search, variables: list[tf.Variable]
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns where the weights are, and whether the search has put them there."""
+    """Returns where the weights are, and whether the search has put them there.
+
+    That is at the trial point or, if there is none, at the accepted point.
+    """
     weights = flat(variables, search.point.dtype)
-    step = search.step * search.direction
+    step = tf.maximum(search.step, 0) * search.direction
     trial = search.point + step
-    # A compiler may round `trial` once more or less than when it was assigned, and a
-    # callback may have added to the weights and subtracted again.
     size = tf.abs(trial)
-    rounding = EPSILON[search.point.dtype.name] * (tf.reduce_max(size) + tf.abs(step))
+    # A compiler may round `trial` once more or less than when it was assigned.
+    rounding = EPSILON[search.point.dtype.name] * (size + tf.abs(step))
     dtypes = {variable.dtype.name for variable in variables}
     # Below its smallest normal number, float16 is no more precise than there.
     smallest = 2**-14 if "float16" in dtypes else 0
     rounding = 4 * rounding + max(EPSILON[name] for name in dtypes) * (size + smallest)
     is_there = tf.reduce_all(tf.abs(weights - trial) <= rounding)
     # `trial` is the same point before it was rounded to the type of the weights.
-    return tf.where(is_there, trial, weights), is_there & (search.step > 0)
+    return tf.where(is_there, trial, weights), is_there
 
 
 def _judge(search: _Search, gradient: tf.Tensor, is_trial: tf.Tensor) -> _Verdict:

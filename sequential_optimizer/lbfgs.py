@@ -55,18 +55,20 @@ class LBFGS(QuasiNewton):
 
     **Trial points.** During training the model may be at a trial point, which may turn
     out to be too far. At the end of `fit`, `finalize_variable_values` goes back to the
-    last accepted point, so the next `fit` begins with one more gradient there (and a
-    `fit` of a single step ends at a trial point every other time, or it would never
-    move). Call it at the end of your own loop. What `ModelCheckpoint` saves before that
-    may be a trial point, with all that is needed to continue, and the next phase may
-    start from one. The `loss` in the logs of a full batch is that of the point before:
-    callbacks that keep the best weights should watch `val_loss`. If something else
-    sets the weights, the search starts there, with all it has learned.
+    last accepted point, so the next `fit` begins with one more gradient there. (If the
+    last step of a `fit` is the first of a search, the model stays at the trial point;
+    otherwise fits of one step would never move.) Call it at the end of your own loop.
+    What `ModelCheckpoint` saves before that may be a trial point, with all that is
+    needed to continue, and the next phase may start from one. The `loss` in the logs of
+    a full batch is that of the point before: let callbacks that keep the best weights
+    watch `val_loss`. If something else sets the weights, the search starts there, with
+    all it has learned. `SwapEMAWeights` does so at every validation, by rounding: leave
+    it out.
 
     **Loss scaling.** A `LossScaleOptimizer`, which `compile` puts around an optimizer
     under the policy `mixed_float16`, skips a step whose gradient is not finite. The
-    search then never learns that its trial point went too far, and stays there: pass
-    `auto_scale_loss=False` to `compile`, and use `mixed_bfloat16` or float32.
+    search then never learns that its trial point went too far, and stays there: use
+    `mixed_bfloat16` or float32, or pass `auto_scale_loss=False` to `compile`.
 
     Example:
 

@@ -268,7 +268,7 @@ def test_loss_scaling_hides_a_trial_point_without_a_gradient():
         return float(weight[0])
 
     np.testing.assert_allclose(final_weight(lambda search: search), 0.9, rtol=1e-6)
-    assert final_weight(keras.optimizers.LossScaleOptimizer) == 0.0
+    assert abs(final_weight(keras.optimizers.LossScaleOptimizer)) < 1e-6
 
 
 @pytest.mark.parametrize("learning_rate", [0.05, 1e3])
@@ -351,6 +351,23 @@ def test_layer_that_is_frozen_in_mid_training_stays(make, mode):
         one()
         assert_same(weights_of([frozen]), [before])
     np.testing.assert_allclose(other, 0, atol=1e-5)
+
+
+def test_limit_of_the_next_step_outlasts_a_second_finalize(make):
+    # After a rejected trial point the next search begins with a shorter step.
+    weight, optimizer = tf.Variable([1.0]), make(1.0)
+    for gradient in (1.0, -2.0):
+        optimizer.apply([tf.constant([gradient])], [weight])
+    named = {variable.name: variable for variable in optimizer.variables}
+    assert int(named["rejected"]) == 1
+    due = float(named["step"])
+    for _ in range(2):
+        optimizer.finalize_variable_values([weight])
+        assert weight.numpy() == 1.0
+        assert float(named["step"]) == -due
+    optimizer.apply([tf.constant([1.0])], [weight])
+    assert float(named["step"]) == due
+    assert int(named["rejected"]) == -1
 
 
 def test_missing_gradients_count_as_zero(make, mode):
