@@ -24,8 +24,7 @@ def check_keras() -> None:
     version = tuple(int(part) for part in keras.__version__.split(".")[:2])
     legacy = os.environ.get("TF_USE_LEGACY_KERAS")
     backend = keras.config.backend() if version >= (3, 0) else "tensorflow"
-    is_keras_2 = version < (3, 5) or legacy in ("1", "True", "true")
-    if is_keras_2 or backend != "tensorflow":
+    if version < (3, 5) or backend != "tensorflow" or legacy in ("1", "True", "true"):
         raise ImportError(
             "`sequential_optimizer` needs Keras >= 3.5 with the TensorFlow backend. "
             f"Received: Keras {keras.__version__}, the backend {backend!r} and "

@@ -107,27 +107,26 @@ class Phases:
         return tf.where(index > phase, tf.constant(-1, tf.int64), starts)
 
 
-# (iteration, phase before, phase after): the first `iteration` updates come before it.
-Switch = tuple[int, int, int]
-
-
 def last_started(starts: Iterable[int]) -> int:
     """Returns the last phase that has made an update, or -1."""
     return max((phase for phase, start in enumerate(starts) if start >= 0), default=-1)
 
 
-def switches_between(before: Any, now: Any, iterations_before: int) -> list[Switch]:
+def switches_between(before: Any, now: Any, iterations: int) -> list[tuple[int, ...]]:
     """Returns the switches between two looks at `phase_starts`, in order.
 
     Args:
         before: `phase_starts` at the first look.
         now: `phase_starts` at the second look.
-        iterations_before: the number of updates at the first look.
+        iterations: the number of updates at the first look.
+
+    Returns:
+        (iteration, phase before, phase after) for each: so many updates came before.
     """
     last, end = last_started(before), last_started(now)
     if 0 <= end < last:
         # A resumed run whose boundaries were raised.
-        return [(iterations_before, last, end)]
+        return [(iterations, last, end)]
     phases = [last, *(k for k, start in enumerate(now) if k > last and start >= 0)]
     return [(int(now[k]), old, k) for old, k in itertools.pairwise(phases) if old >= 0]
 

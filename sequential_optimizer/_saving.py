@@ -198,8 +198,7 @@ def _form_of(note: np.ndarray) -> str:
 def _layout_in(store: Any) -> Layout:
     """Returns the layout in a Keras file."""
     shape = _keras.stored_shape(store, "layout")
-    # Not known in a file of several shards, which are limited themselves.
-    is_short = shape is None or math.prod(shape) <= _MAX_LAYOUT
+    is_short = shape is not None and math.prod(shape) <= _MAX_LAYOUT
     text = np.asarray(store["layout"]).tobytes() if is_short else b"too many bytes"
     return _layout.parse(text)
 
@@ -244,7 +243,8 @@ def _check_value(source: str, value: np.ndarray, variable: Any) -> None:
         highest = np.iinfo(dtype).max
         rule = f"integers from {lowest} to {highest}"
         is_integer = value.dtype.kind in "iu"
-        fits &= is_integer and all(lowest <= int(n) <= highest for n in value.flat)
+        ends = [end(value) for end in (np.min, np.max) if is_integer and value.size]
+        fits &= is_integer and all(lowest <= int(end) <= highest for end in ends)
     if not fits or value.dtype.kind not in "fiubcV":
         raise ValueError(
             f"{source} must have {rule} for `{_keras.path_of(variable)}`, in an array "
@@ -360,11 +360,12 @@ class SavedState(tf.train.experimental.PythonState):
         saved = _layout_in(store)
         if self._optimizer.built:
             return self._load(saved, store)
-        self._held = {"layout": np.asarray(store["layout"])}
+        held = {"layout": np.asarray(store["layout"])}
         for key, (_, _, shape) in saved["arrays"].items():
-            self._held[key] = _read(store, key, shape)
-        # Not in `build`: a callback may have started over by then.
-        self.notes, self._refused = self._notes_in(saved, store), False
+            held[key] = _read(store, key, shape)
+        # The notes not in `build`: a callback may have started over by then.
+        self.notes, self._held = self._notes_in(saved, store), held
+        self._refused = False
 
     def _load(self, saved: Layout, store: Any) -> None:
         """Loads all of a file, or raises and loads nothing."""

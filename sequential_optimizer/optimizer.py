@@ -297,9 +297,11 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         _replicas.once_across_replicas(self._set_learning_rate, learning_rate)
 
     def _set_learning_rate(self, learning_rate: Any) -> None:
-        args = "learning_rate", learning_rate
-        set_on = [partial(setattr, child, *args) for child in self.children]
-        self._switch(self.phase, lambda i: _replicas.for_each_replica(set_on[i]))
+        def set_on(i: int) -> None:
+            child = self.children[i]
+            _replicas.for_each_replica(setattr, child, "learning_rate", learning_rate)
+
+        self._switch(self.phase, set_on)
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -481,10 +483,9 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             tf.cond(is_due, self._overwrite_with_averages, lambda: None)
 
     def _overwrite_with_averages(self) -> None:
-        variables = _keras.trained_variables(self)
-        _keras.set_to_averages(self, variables)
+        _keras.set_to_averages(self, _keras.trained_variables(self))
         # The average of weights on, say, a sphere is not on it.
-        for variable in variables:
+        for variable in _keras.trained_variables(self):
             if variable.constraint is not None:
                 self.assign(variable, variable.constraint(variable))
 

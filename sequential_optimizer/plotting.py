@@ -31,8 +31,8 @@ def plot_history(
     Args:
         history: what `Model.fit` returned, or its `history` dict, with the column
             `phase` of `PhaseLogger`.
-        metrics: names of the columns to plot. Validation columns, `val_...`, are left
-            out if there was no validation.
+        metrics: names of the columns to plot, or the name of one. Validation columns,
+            `val_...`, are left out if there was no validation.
         ax: matplotlib Axes to draw on. Defaults to new ones.
         learning_rate: whether to plot the column `learning_rate` as well, on a
             separate logarithmic axis. Defaults to `False`.
@@ -69,7 +69,8 @@ def plot_history(
         # Unless nothing else was asked for.
         metrics = [m for m in metrics if not m.startswith("val_")] or metrics
     _check_columns(columns, ["phase", *metrics, *["learning_rate"] * learning_rate])
-    sequence = next(iter(sequences_of(getattr(history, "model", None))), None)
+    found = sequences_of(getattr(history, "model", None))
+    sequence = found[0] if len(found) == 1 else None
     phases = [int(phase) for phase in columns["phase"]]
     names = _names(names, sequence, max(phases) + 1)
     # Keras counts epochs from 0 in `History.epoch`, and from 1 on the screen.
@@ -161,7 +162,6 @@ def _plot_learning_rate(ax: "Axes", edges: list[float], learning_rate: Any) -> N
     right = ax.twinx()
     right.stairs(learning_rate, edges, baseline=None, color="0.5", linestyle=":")
     right.set(yscale="log", ylabel="learning rate (dotted)")
-    right.tick_params(which="both", colors="0.5")
     # Otherwise the learning rate would be drawn over the legend.
     ax.set_zorder(right.get_zorder() + 1)
     ax.patch.set_visible(False)

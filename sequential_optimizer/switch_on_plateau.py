@@ -176,7 +176,7 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         self._write(seen, is_best)
 
     def on_train_end(self, logs: Logs = None) -> None:
-        """Drops the best weights, which files saved later would hold in vain."""
+        """Drops the best weights, so that later files do not hold them for nothing."""
         notes = self._sequence.notes
         for key in [key for key in notes if key.startswith(self._weight_key)]:
             del notes[key]

@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
         if not item.get_closest_marker("slow"):
             seen |= values
-    # First what takes longest, so that no worker is left with it in the end.
+    # First what takes longest, so that no worker is left with it at the end.
     items.sort(
         key=lambda item: (SLOW in item.path.parents, item.path.parent == SLOW),
         reverse=True,  # which leaves tests with the same key in their order

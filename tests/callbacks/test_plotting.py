@@ -385,3 +385,12 @@ def test_history_of_several_fits_counts_on():
     history.epoch, history.history = [0, 1], columns_of([0, 0, 1, 1])
     points = curves_of(plot_history(history, metrics=["loss"]))["loss"]
     assert [x for x, _ in points] == [1, 2, 3, 4]
+
+
+def test_model_with_several_sequences_gives_no_names():
+    history, model = keras.callbacks.History(), keras.Model()
+    model.one, model.two = (SequentialOptimizer(["adam", "sgd"], [1]) for _ in range(2))
+    history.set_model(model)
+    history.epoch, history.history = [0, 1], columns_of([0, 1])
+    _, labels = plot_history(history).get_legend_handles_labels()
+    assert {"phase 0", "phase 1"} <= set(labels)

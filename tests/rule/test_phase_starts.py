@@ -125,4 +125,4 @@ def test_it_cannot_be_set():
     ],
 )
 def test_switches_between_two_looks(before, now, expected):
-    assert switches_between(before, now, iterations_before=7) == expected
+    assert switches_between(before, now, iterations=7) == expected

@@ -292,7 +292,7 @@ def test_copies_of_a_child_that_counts_elsewhere(mode):
 
 
 def test_build_that_is_interrupted_can_be_repeated():
-    # The next update once found an optimizer that was built by half.
+    # The next update once found a half-built optimizer.
     class Interrupted(Lookahead):
         builds = 0
 

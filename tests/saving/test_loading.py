@@ -389,6 +389,19 @@ def test_child_that_copies_weights_is_loaded_once(tmp_path):
     assert_same(weights_of(other.optimizer.variables), before)
 
 
+def test_notes_that_do_not_fit_are_refused_before_build(tmp_path):
+    # `build` once loaded the rest of the file, although loading it had raised.
+    model = trained()
+    model.optimizer.notes["note"] = np.zeros(2)
+    model.save_weights(tmp_path / "model.weights.h5")
+    other = make_model(adam_sgd())
+    other.optimizer.notes["note"] = np.zeros(3)
+    with pytest.raises(ValueError, match="dtype and shape"):
+        other.load_weights(tmp_path / "model.weights.h5")
+    build(other)
+    assert int(other.optimizer.iterations) == 0
+
+
 def test_number_of_numpy_is_saved(tmp_path):
     # `gradient_accumulation_steps=dataset.cardinality().numpy()` could not be saved.
     model = build(make_model(adam_sgd(gradient_accumulation_steps=np.int64(4))))

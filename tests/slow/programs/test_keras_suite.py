@@ -21,7 +21,7 @@ FILES = [
     for folder in ("optimizers", "callbacks", "saving")
     for path in sorted((SOURCE / folder).glob("*_test.py"))
 ]
-SECONDS = 600
+SECONDS = 1200
 # Of tests/README.md.
 SENTENCE = r"In Keras ([\d.]+), (\d+) of .* (\d+) pass .* (\d+) are skipped, and (\d+) "
 
@@ -105,14 +105,16 @@ def reasons_for(name):
     ]
 
 
+@pytest.fixture(scope="class")
+def tests(request, tmp_path_factory):
+    """The tests that got a SequentialOptimizer in the place of the class."""
+    place = request.cls.place
+    found = run(place, tmp_path_factory.mktemp(place))
+    return {name: test for name, test in found.items() if test["made"]}
+
+
 class Suite:
     """Keras' tests with a SequentialOptimizer in one of `PLACES`."""
-
-    @pytest.fixture(scope="class")
-    def tests(self, tmp_path_factory):
-        """Those that got one."""
-        found = run(self.place, tmp_path_factory.mktemp(self.place))
-        return {name: test for name, test in found.items() if test["made"]}
 
     def test_keras_tests_pass_or_are_known_not_to_apply(self, tests):
         failed = {n: t["error"] for n, t in tests.items() if t["outcome"] == "failed"}

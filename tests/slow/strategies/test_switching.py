@@ -220,7 +220,8 @@ def test_learning_rate_set_in_every_replica(strategy, mode):
     variables, optimizer = make_sequence(strategy, [2])
 
     def replica(update, rate):
-        optimizer.learning_rate = rate
+        # Each replica computes its own tensor.
+        optimizer.learning_rate = rate * 1.0
         optimizer.apply(gradients_of(update), variables)
         return optimizer.learning_rate + 0.0
 
