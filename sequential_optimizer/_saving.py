@@ -237,15 +237,15 @@ def _check_value(source: str, value: np.ndarray, variable: Any) -> None:
         ValueError: if the shape, the dtype or a counter does not fit.
     """
     dtype = keras.backend.standardize_dtype(variable.dtype)
-    fits, rule = value.shape == variable.shape, "numbers"
+    kinds, rule = "fiubcV", "numbers"
     if "int" in dtype:
         lowest = _LOWEST.get(variable.name, np.iinfo(dtype).min)
         highest = np.iinfo(dtype).max
-        rule = f"integers from {lowest} to {highest}"
-        is_integer = value.dtype.kind in "iu"
-        ends = [end(value) for end in (np.min, np.max) if is_integer and value.size]
-        fits &= is_integer and all(lowest <= int(end) <= highest for end in ends)
-    if not fits or value.dtype.kind not in "fiubcV":
+        kinds, rule = "iu", f"integers from {lowest} to {highest}"
+    fits = value.shape == variable.shape and value.dtype.kind in kinds
+    if fits and "int" in dtype and value.size:
+        fits = lowest <= int(value.min()) and int(value.max()) <= highest
+    if not fits:
         raise ValueError(
             f"{source} must have {rule} for `{_keras.path_of(variable)}`, in an array "
             f"of shape {tuple(variable.shape)}. Received: {value!r:.99}. Use those of "
@@ -290,7 +290,8 @@ class SavedState(tf.train.experimental.PythonState):
             if is_sequence(one):
                 phases = zip(one.child_of_phase, one.phase_starts.tolist(), strict=True)
                 kept["use_ema"] = bool(one.use_ema)
-                kept["gradient_accumulation_steps"] = one.gradient_accumulation_steps
+                steps = one.gradient_accumulation_steps
+                kept["gradient_accumulation_steps"] = steps and int(steps)
             optimizers[of] = {"class": _class_of(one), "name": given_name(one)}
             optimizers[of] |= {"settings": kept, "phases": list(phases)}
             for prefix, part in _parts_of(one, seen):
@@ -344,7 +345,7 @@ class SavedState(tf.train.experimental.PythonState):
     def write(self, store: Any) -> None:
         """Writes everything into a Keras file."""
         # The layout first: Keras may spread the arrays over several files.
-        texts = {"layout": json.dumps(self.layout(), default=int).encode()}
+        texts = {"layout": json.dumps(self.layout()).encode()}
         texts |= {f"notes/{key}": note.tobytes() for key, note in self.notes.items()}
         arrays = {key: np.frombuffer(text, np.uint8) for key, text in texts.items()}
         arrays |= _arrays_in(self._optimizer)
@@ -450,7 +451,7 @@ class SavedState(tf.train.experimental.PythonState):
     def serialize(self) -> bytes:
         notes = {f"notes/{key}": note.tobytes() for key, note in self.notes.items()}
         texts = {key: base64.b64encode(text).decode() for key, text in notes.items()}
-        return json.dumps(self.layout() | {"bytes": texts}, default=int).encode()
+        return json.dumps(self.layout() | {"bytes": texts}).encode()
 
     def deserialize(self, string_value: Any) -> None:
         try:

@@ -177,9 +177,8 @@ class SwitchOnPlateau(keras.callbacks.Callback):
 
     def on_train_end(self, logs: Logs = None) -> None:
         """Drops the best weights, so that later files do not hold them for nothing."""
-        notes = self._sequence.notes
-        for key in [key for key in notes if key.startswith(self._weight_key)]:
-            del notes[key]
+        for key in self._weight_keys():
+            del self._sequence.notes[key]
 
     def _count(self, value: float, seen: _Seen) -> bool:
         """Counts an epoch, and returns whether it is the best of its phase so far."""
@@ -200,8 +199,7 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         # There is no best epoch if the metric was never a number.
         if self.restore_best_weights and math.isfinite(seen.best):
             notes = self._sequence.notes
-            weights = [notes[key] for key in notes if key.startswith(self._weight_key)]
-            self.model.set_weights(weights)
+            self.model.set_weights([notes[key] for key in self._weight_keys()])
         before = self._sequence.active_child().name
         self._sequence.advance()
         if self.verbose:
@@ -225,12 +223,14 @@ class SwitchOnPlateau(keras.callbacks.Callback):
             return self._begin(self._iterations())
         return _Seen(*noted.tolist())
 
+    def _weight_keys(self) -> list[str]:
+        return [key for key in self._sequence.notes if key.startswith(self._weight_key)]
+
     def _write(self, seen: _Seen, is_best: bool = False) -> None:
         """Notes what has been seen, and the weights if they are the best so far."""
         notes = self._sequence.notes
         self._noted = notes[self._seen_key] = np.array(astuple(seen))
-        is_best = is_best or f"{self._weight_key}0" not in notes
-        if self.restore_best_weights and is_best:
+        if self.restore_best_weights and (is_best or not self._weight_keys()):
             for i, weight in enumerate(self.model.get_weights()):
                 # NumPy cannot write bfloat16, which float32 holds exactly.
                 dtype = np.float32 if weight.dtype.kind == "V" else weight.dtype
