@@ -8,7 +8,7 @@ matrix twice and writes it once. So its time is divided by that of copying as ma
 bytes, and by that of the same method in other frameworks, without a line search. The
 function is a sum of squares, whose gradient costs next to nothing.
 Goals: at most twice the time of the copy, no slower than any rival, in a sequence as
-fast as alone, and idle no slower than an idle Adam of as many weights.
+fast as alone, and idle no slower than an idle Adam with as many variables.
 
 A rival that is not installed is left out (`pip install -e '.[bench]'` has them all).
 """
@@ -148,19 +148,23 @@ def curvatures(size: int) -> np.ndarray:
 
 
 class Update:
-    """A compiled update of a vector of weights by an optimizer."""
+    """A compiled update of weights by an optimizer; the weights are in `parts`."""
 
-    def __init__(self, size: int, optimizer: keras.optimizers.Optimizer) -> None:
-        self.weights = tf.Variable(tf.ones(size))
+    def __init__(
+        self, size: int, optimizer: keras.optimizers.Optimizer, parts: int = 1
+    ) -> None:
+        split = np.array_split(curvatures(size), parts)
+        self._curvatures = [tf.constant(part) for part in split]
+        self.weights = [tf.Variable(tf.ones(len(part))) for part in split]
         self.optimizer = optimizer
-        optimizer.build([self.weights])
-        self._curvatures = tf.constant(curvatures(size))
+        optimizer.build(self.weights)
         self.step = tf.function(self._step, autograph=False, jit_compile=True)
 
     def _step(self) -> tf.Tensor:
-        self.optimizer.apply([self._curvatures * self.weights], [self.weights])
+        pairs = zip(self._curvatures, self.weights, strict=True)
+        self.optimizer.apply([part * weight for part, weight in pairs], self.weights)
         # Something to wait for.
-        return self.weights[0]
+        return self.weights[0][0]
 
 
 def make_copy(moved_bytes: int) -> Callable[[], tf.Tensor]:
@@ -187,15 +191,16 @@ def make_programs(
         alone.step()
     check_search(case, alone)
     if in_sequence:
-        adam, late = (keras.optimizers.Adam(name=name) for name in ("adam", "late"))
-        for name, children, boundary in (
-            ("in a sequence", [adam, case.make()], 1),
-            ("idle", [adam, case.make()], LONG),
-            ("idle Adam", [adam, late], LONG),
+        # So many that an Adam has two variables for each, a counter and a rate.
+        many = len(alone.optimizer.variables) // 2 - 1
+        for name, second, boundary, parts in (
+            ("in a sequence", case.make(), 1, 1),
+            ("idle", case.make(), LONG, many),
+            ("idle Adam", keras.optimizers.Adam(name="late"), LONG, many),
         ):
-            again = [type(child).from_config(child.get_config()) for child in children]
-            update = Update(case.size, SequentialOptimizer(again, [boundary]))
-            programs[name] = update.step
+            children = [keras.optimizers.Adam(name="adam"), second]
+            sequence = SequentialOptimizer(children, [boundary])
+            programs[name] = Update(case.size, sequence, parts).step
     for name, module in rivals.items():
         if case.history:
             programs[name] = module.make_lbfgs(curvatures(case.size), case.history)
@@ -308,8 +313,9 @@ def tables(result: dict[str, Any]) -> list[report.Table]:
         f"{rounds} rounds. The copy moves as many bytes as the update has to: the "
         "matrices of LBFGS are read twice, SSBroyden's is read twice and written once. "
         f"Goals: update / copy at most {BOUND_GOAL}, rivals at least 1, the rest "
-        f"at most {SAME_GOAL}. Rivals make no line search; none has SSBroyden. Each "
-        "direction was compared with that of NumPy's two loops, or product. "
+        f"at most {SAME_GOAL}. The idle children have equally many variables, or one "
+        "more or less. Rivals make no line search; none has SSBroyden. Each direction "
+        "was compared with that of NumPy's two loops, or product. "
         "A dash in the largest cases: not enough memory for all programs at once. "
         f"Left out: {left_out or 'nothing'}."
     )
