@@ -70,6 +70,11 @@ class LBFGS(QuasiNewton):
     search then never learns that its trial point went too far, and stays there: use
     `mixed_bfloat16` or float32, or pass `auto_scale_loss=False` to `compile`.
 
+    **GPUs.** From the Ampere generation on, TensorFlow multiplies float32 matrices, in
+    the model and in this update, with 10 bits of precision unless you call
+    `tf.config.experimental.enable_tensor_float_32_execution(False)`. Do, or use
+    float64: differences of such gradients tell little about the curvature.
+
     Example:
 
     >>> import tensorflow as tf
