@@ -77,7 +77,8 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         restore_best_weights: bool, whether to go back to the weights of a phase's
             best epoch when the callback ends the phase. They are those of the whole
             model, even if it has several optimizers, and a copy of them is saved with
-            the optimizer. Defaults to `False`.
+            the optimizer. Put callbacks that keep weights (`ModelCheckpoint`,
+            `EarlyStopping`) before this one, which sets others. Defaults to `False`.
         verbose: 1 to print a line at each switch, 0 (the default) for silence.
         optimizer: the SequentialOptimizer whose phases the callback ends, or an
             optimizer that wraps it. Defaults to that of the model: the one in
@@ -88,8 +89,9 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         ValueError: if an argument breaks one of these rules, or if `mode="auto"`
             cannot tell from the name of the metric which way is better; when `fit`
             begins, if there is no SequentialOptimizer or more than one to choose
-            from, or if the only one is in its last phase already; after an epoch, if
-            two of these callbacks watch the same metric for the same optimizer.
+            from; in the first epoch, if it is in its last phase already; after an
+            epoch, if two of these callbacks watch the same metric for the same
+            optimizer.
     """
 
     monitor: str = "val_loss"
@@ -125,18 +127,18 @@ class SwitchOnPlateau(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Logs = None) -> None:
         """Starts over, unless a callback before this one has restored a backup."""
-        if self._sequence.notes.get(self._seen_key) is not self._noted:
-            return
-        if int(self._sequence.phase) == len(self._sequence.boundaries):
+        if self._sequence.notes.get(self._seen_key) is self._noted:
+            self._write(self._begin(self._iterations()), is_best=True)
+
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
+        """Raises if no phase can end, and warns if what was seen has been lost."""
+        seen, last = self._read(), len(self._sequence.boundaries)
+        # Not when training begins: after that a callback may restore an earlier phase.
+        if seen.next_epoch == -1 and int(self._sequence.phase) == last:
             raise ValueError(
                 "`SwitchOnPlateau` needs a phase that can still end. Received: an "
                 "optimizer in its last phase. Drop the callback, or add a phase."
             )
-        self._write(self._begin(self._iterations()), is_best=True)
-
-    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
-        """Warns if a resumed run has lost what this callback saw."""
-        seen = self._read()
         if seen.next_epoch not in (-1, epoch):
             warnings.warn(
                 f"`SwitchOnPlateau` has seen the epochs before {int(seen.next_epoch)}, "
@@ -160,9 +162,8 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         seen.next_epoch = epoch + 1
         # False if the whole epoch belongs to a phase that has ended already.
         is_of_phase = last_started(self._sequence.phase_starts) in (-1, phase)
-        can_end = phase < len(self._sequence.boundaries)
         is_best = False
-        if is_of_phase and can_end:
+        if is_of_phase and phase < len(self._sequence.boundaries):
             if self.monitor in logs:
                 is_best = self._count(float(logs[self.monitor]), seen)
                 if self._is_stalled(seen):

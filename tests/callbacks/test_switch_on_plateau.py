@@ -759,6 +759,22 @@ def test_killed_run_resumes_as_if_it_had_not_been(
     assert_same(state, expected_state)
 
 
+def test_killed_fit_is_repeated_in_the_same_process(tmp_path):
+    # It raised: when training begins, nothing has been restored.
+    def train(*others):
+        backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
+        plateau = SwitchOnPlateau("loss", patience=1, min_delta=9.0)
+        fit(model, 4, [plateau, backup, *others], batches=1)
+        return [*optimizer.phase_starts, int(optimizer.iterations)]
+
+    optimizer = make_sgds((None,))
+    model = compiled_model(optimizer)
+    with pytest.raises(KilledError):
+        train(Kill(3))
+    assert int(optimizer.phase) == 1
+    assert train() == [0, 2, 4]
+
+
 @pytest.mark.parametrize("epoch", [2, 3])
 def test_killed_run_resumes_from_a_tensorflow_checkpoint(epoch, tmp_path):
     class Checkpoints(keras.callbacks.Callback):
