@@ -72,11 +72,11 @@ def _get_child(identifier: Any) -> Optimizer:
 def check_loss_scale(children: Iterable[Optimizer]) -> None:
     """Raises ValueError if a child would scale the loss, or skip a step that counts."""
     for child in children:
-        is_wrapper = isinstance(child, keras.optimizers.LossScaleOptimizer)
-        if is_wrapper or child.loss_scale_factor is not None:
+        scales = type(child).scale_loss is not Optimizer.scale_loss
+        if scales or child.loss_scale_factor is not None:
             raise ValueError(
-                "A child may not be a `LossScaleOptimizer` or have a "
-                "`loss_scale_factor`, because the loss is scaled once for all of them. "
+                "A child may not be a `LossScaleOptimizer`, override `scale_loss`, or "
+                "have a `loss_scale_factor`, because the loss is scaled once for all. "
                 f"Received: `{child.name}`. Set `loss_scale_factor` on the "
                 "SequentialOptimizer, or wrap that in a `LossScaleOptimizer`."
             )
@@ -119,9 +119,9 @@ def in_words(child: Optimizer) -> str:
 
 def given_name(optimizer: Optimizer) -> str | None:
     """Returns the name, or `None` if Keras may have made it up (`adam_1`)."""
-    names = re.sub(r"_\d+$", "", optimizer.name), type(optimizer).__name__
-    plain = {name.replace("_", "").lower() for name in names}
-    return optimizer.name if len(plain) > 1 else None
+    names = optimizer.name, re.sub(r"_\d+$", "", optimizer.name)
+    plain = [n.replace("_", "").lower() for n in (type(optimizer).__name__, *names)]
+    return None if plain[0] in plain[1:] else optimizer.name
 
 
 def check_names_differ(name: str, children: Iterable[Optimizer]) -> None:
@@ -169,7 +169,8 @@ def check_built_on(variables: list[Any], children: Iterable[Optimizer]) -> None:
     for child in children:
         keys = {key_of(child, variable) for variable in variables}
         child_keys = {key_of(child, variable) for variable in trained_variables(child)}
-        if child.built and child_keys != keys:
+        # None: a user's class may keep its own list.
+        if child.built and child_keys and child_keys != keys:
             raise ValueError(
                 "A child that is already built must have been built on the variables "
                 f"to train. Received: `{child.name}`, built on {len(child_keys)} "

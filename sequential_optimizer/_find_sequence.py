@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 
+from sequential_optimizer._saving import items_in
 from sequential_optimizer.optimizer import SequentialOptimizer
 
 
@@ -39,10 +40,8 @@ def _sequences_in(where: Any) -> list[SequentialOptimizer]:
     inner: Any = []
     if isinstance(where, keras.optimizers.Optimizer):
         inner = getattr(where, "optimizers", [getattr(where, "inner_optimizer", None)])
-    elif isinstance(where, dict):
-        inner = where.values()
-    elif isinstance(where, list | tuple):
-        inner = where
+    elif isinstance(where, dict | list | tuple):
+        inner = items_in(where)
     return [found for one in inner for found in _sequences_in(one)]
 
 

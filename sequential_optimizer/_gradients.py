@@ -53,15 +53,13 @@ def divide(grads: Sequence[Any], divisor: float, variables: Sequence[Any]) -> li
     ]
 
 
-def add_to(
-    accumulators: Sequence[Any], grads: Sequence[Any], variables: Sequence[Any]
-) -> list[Any]:
-    """Returns the accumulators' new values, `None` where there is no gradient."""
-    grads = brought_inside(grads, variables)
-    return [
-        g if g is None else (tf.maximum if _is_new_value(v) else tf.add)(g, sum_)
-        for g, v, sum_ in zip(grads, variables, accumulators, strict=True)
-    ]
+def add_to(accumulator: Any, gradient: Any, variable: Any) -> Any:
+    """Returns the accumulator's new value, or `None` if there is no gradient."""
+    (gradient,) = brought_inside([gradient], [variable])
+    if gradient is None:
+        return None
+    add = tf.maximum if _is_new_value(variable) else tf.add
+    return add(tf.cast(gradient, accumulator.dtype), accumulator)
 
 
 def brought_inside(grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
@@ -75,7 +73,8 @@ def brought_inside(grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
     for gradient, variable in zip(grads, variables, strict=True):
         shape = tf.TensorShape(variable.shape)
         if isinstance(gradient, tf.IndexedSlices) and shape.is_fully_defined():
-            rows = tf.constant(shape.as_list(), tf.int64)
+            dtype = getattr(gradient.dense_shape, "dtype", tf.int64)
+            rows = tf.constant(shape.as_list(), dtype)
             gradient = tf.IndexedSlices(gradient.values, gradient.indices, rows)
         elif tf.is_symbolic_tensor(gradient):
             gradient = tf.identity(gradient)

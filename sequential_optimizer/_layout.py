@@ -10,12 +10,14 @@ nothing.
 
 A name that Keras made up (`adam_1`) counts as none, because it depends on what else the
 process created; so only one child of a class may go without a name of its own. Layers
-are told apart by their paths, where Keras' numbers count only relative to the lowest of
-a class. If the model comes to train different layers of the same shapes, name them.
+are told apart by their paths without numbers, and by their order, with a warning if the
+numbers do not count alike from the lowest. If the model comes to train different layers
+of the same shapes, give them names that differ in more than a number.
 """
 
 import base64
 import json
+import re
 import warnings
 from typing import Any
 
@@ -29,11 +31,10 @@ _ENTRY = {"class": str, "name": str | None, "settings": dict, "phases": [(int, i
 FORM: Any = {
     "version": int,
     "optimizers": {str: _ENTRY},  # by prefix
-    # By key: the prefix of the array's optimizer; the trained variable that the array
-    # is for and the role, or "" if the array's name does not tell; its shape.
-    "arrays": {str: (str, str, [int])},
+    "arrays": {str: (str, [int])},  # by key: the prefix of its optimizer, and its shape
     # Path, the path to compare by (see `_trained_by`), shape. Empty before `build`.
     "trained": [(str, str, str)],
+    "notes": {str: str},  # dtype and shape
     # The bytes of each note, in base64; none in a Keras file.
     "bytes": {str: str},
 }
@@ -109,89 +110,66 @@ def _described(layout: Layout) -> str:
     return f"children {names} in phases {', '.join(map(str, filter(None, phases)))}"
 
 
-def keys_for(saved: Layout, now: Layout) -> dict[str, str] | None:
-    """Returns a dict from each array's key to its key in the saved layout.
-
-    Or `None` if the children are to start afresh.
+def keys_in_both(saved: Layout, now: Layout) -> set[str] | None:
+    """Returns the keys of the arrays to load, or `None` for children to start afresh.
 
     Raises:
         ValueError: if what was saved must not be loaded.
     """
     _check_rule(saved, now)
-    in_order = _is_same_order(saved, now)
-    if not in_order and not (_are_same_weights(saved, now) and _names_tell(saved, now)):
+    if not _is_same_order(saved, now):
         return None
-    keys: dict[str, str] = {}
+    if not _is_same_order(saved, now, numbers=True):
+        warnings.warn(
+            "Layers whose names differ in numbers alone are told apart by their order. "
+            f"Received: {_listed(saved)}, now {_listed(now)}. If the model does not "
+            "train the same layers as before, create a new optimizer.",
+            stacklevel=2,
+        )
+    both = saved["optimizers"].keys() & now["optimizers"].keys()
+    old, new = (
+        {key: shape for key, (of, shape) in one["arrays"].items() if of in both}
+        for one in (saved, now)
+    )
     # An optimizer that is not built has only some of its variables.
     both_built = saved["trained"] and now["trained"]
-    for prefix in saved["optimizers"].keys() & now["optimizers"].keys():
-        old, new = (_arrays_of(one, prefix, not in_order) for one in (saved, now))
-        common = old.keys() & new.keys()
-        same_shapes = all(old[name][1] == new[name][1] for name in common)
-        if not same_shapes or (both_built and old.keys() != new.keys()):
-            child = now["optimizers"][prefix]
+    for key in {**old, **new} if both_built else old.keys() & new.keys():
+        if old.get(key) != new.get(key):
             raise ValueError(
-                "The variables of an optimizer must be those that were saved. "
-                f"Received: {len(old)} arrays for {len(new)} variables of "
-                f"`{child['name'] or child['class']}`, or other shapes. Create it with "
-                "the arguments that it was saved with, and all variables in `build`."
+                "The variables of an optimizer must be those that were saved. Received:"
+                f" shape {old.get(key)} of array `{key}`, now {new.get(key)}. Create it"
+                " with the arguments that it had, and all variables in `build`."
             )
-        keys |= {new[name][0]: old[name][0] for name in common}
-    return keys
+    return old.keys() & new.keys()
 
 
-def _arrays_of(layout: Layout, prefix: str, by_name: bool) -> dict[str, Any]:
-    """Returns the key and shape of each array of one optimizer, by key or by name."""
-    return {
-        (by_name and name) or key: (key, shape)
-        for key, (of, name, shape) in layout["arrays"].items()
-        if of == prefix
-    }
-
-
-def _names_tell(saved: Layout, now: Layout) -> bool:
-    """Whether the name of each array, but for scalars, tells the trained variable."""
-    silent = {of for of, name, shape in now["arrays"].values() if shape and not name}
-    return silent.isdisjoint(saved["optimizers"])
-
-
-def _is_same_order(saved: Layout, now: Layout) -> bool:
+def _is_same_order(saved: Layout, now: Layout, numbers: bool = False) -> bool:
     """Whether shapes and paths are the same, up to models that layers are nested in.
 
-    A path may begin with the names of these models; Keras drops them when it loads one.
     Also true if either optimizer was not built: then there is nothing to compare.
+
+    Args:
+        saved: the layout that was saved.
+        now: the layout of the optimizer.
+        numbers: whether to compare the numbers in the paths, too. Keras numbers layers
+            in the order of their creation, which may have been another one.
     """
-    before, current = _plain(saved), _plain(now)
-    same_shapes = [shape for _, shape in before] == [shape for _, shape in current]
-    is_same = same_shapes and all(
-        f"/{path}".endswith(f"/{other}") or f"/{other}".endswith(f"/{path}")
-        for (path, _), (other, _) in zip(before, current, strict=True)
+    before, current = saved["trained"], now["trained"]
+    is_same = len(before) == len(current) and all(
+        shape == other_shape and _are_alike(path, other, numbers)
+        for (_, path, shape), (_, other, other_shape) in zip(
+            before, current, strict=True
+        )
     )
     return is_same or not before or not current
 
 
-def _plain(layout: Layout) -> list[Any]:
-    return [row[1:] for row in layout["trained"]]
-
-
-def _are_same_weights(saved: Layout, now: Layout) -> bool:
-    """Whether the trained variables are the same ones, in any order.
-
-    Raises:
-        ValueError: if none has the end of its path and its shape in common.
-    """
-    if sorted(_plain(saved)) == sorted(_plain(now)):
-        return True
-    before, current = (
-        {(*path.split("/")[-2:], shape) for path, _, shape in one["trained"]}
-        for one in (saved, now)
-    )
-    if before & current:
-        return False
-    raise ValueError(
-        "The state of an optimizer must be of the model that it trains. Received: "
-        f"{_listed(saved)}, now {_listed(now)}. Load it into the model that was saved."
-    )
+def _are_alike(path: str, other: str, numbers: bool) -> bool:
+    # A path may begin with the names of models; Keras drops them when it loads one, and
+    # so layers of one name that were in two models may be in one.
+    if not numbers or path.count("/") != other.count("/"):
+        path, other = (re.sub(r"_\d+(?=/|$)", "", one) for one in (path, other))
+    return f"/{path}".endswith(f"/{other}") or f"/{other}".endswith(f"/{path}")
 
 
 def _listed(layout: Layout) -> str:
@@ -202,10 +180,12 @@ def _listed(layout: Layout) -> str:
 
 def check_by_position(saved: Layout, now: Layout) -> None:
     """Raises unless TensorFlow will put all variables where they belong."""
-    keys_for(saved, now)
-    has_trained = max(start for _, start in now["optimizers"][""]["phases"]) >= 0
-    # One saved before `build` would reset the counters, and restore nothing else.
-    if (has_trained and not saved["trained"]) or not _is_same_order(saved, now):
+    keys = keys_in_both(saved, now)
+    both = [*saved["optimizers"][""]["phases"], *now["optimizers"][""]["phases"]]
+    has_trained = max(start for _, start in both) >= 0
+    # One saved before `build` would reset the counters, and restore nothing else; or it
+    # has counters alone, of a file that was loaded before.
+    if keys is None or (has_trained and not saved["trained"]):
         raise ValueError(
             "A checkpoint must be of the same variables, trained in the same order, by "
             f"which TensorFlow tells them apart. Received: {_listed(saved)}, now "

@@ -6,7 +6,8 @@
   NOT be longer than `_MAX_LAYOUT` bytes. Its `optimizers` MUST hold, by prefix, the
   sequence (prefix "") and every child: child `i` of a sequence has that sequence's
   prefix, followed by `children/i/`.
-- The layout MUST list every array of an optimizer, and every note of a callback.
+- The layout MUST list every array of an optimizer, and every note of a callback with
+  its dtype and shape.
 - In a Keras file the layout MUST be the uint8 array `layout` among the optimizer's own
   variables, and each array that it lists MUST be beside it. The key of an array is the
   prefix of its optimizer, then `0`, `1`, ..., or what a user's class calls the array.
@@ -102,16 +103,22 @@ def _parts_of(optimizer: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
 
 
 def held_by(optimizer: Any) -> Iterator[tuple[str, Any]]:
-    """Yields the values of attributes, or the items of those that are a list or dict.
+    """Yields the values of attributes, or the items in lists and dicts, at any depth.
 
     With the prefix of their keys, and without what TensorFlow keeps on every object.
     """
     for name, value in sorted(vars(optimizer).items()):
-        items = value.values() if isinstance(value, dict) else value
-        is_alone = not isinstance(value, dict | list | tuple)
         if not name.startswith("_self_"):
-            for i, item in enumerate([value] if is_alone else items):
+            for i, item in enumerate(items_in(value)):
                 yield f"{name}/{i}/", item
+
+
+def items_in(value: Any) -> list[Any]:
+    """Returns the items in lists and dicts, at any depth, or the value alone."""
+    if not isinstance(value, dict | list | tuple):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value
+    return [inner for item in items for inner in items_in(item)]
 
 
 def _variables_of(part: Any) -> dict[str, Any]:
@@ -152,43 +159,26 @@ def _trained_by(optimizer: Any) -> list[list[str]]:
     """Returns each variable's path, the path to compare by, and its shape.
 
     Keras numbers layers per process: `dense_3` and `dense_4` may return as `dense` and
-    `dense_1`, so numbers count from the lowest. All paths or none may begin with the
-    model's name, so a common beginning is dropped.
+    `dense_1`, so numbers count from the lowest of a name in the same layer.
     """
     variables = _keras.trained_variables(optimizer)
     paths = [_keras.path_of(variable) for variable in variables]
-    counted = [[_counted(part) for part in path.split("/")] for path in paths]
-    while len({path[0] for path in counted}) == 1 and min(map(len, counted)) > 2:
-        counted = [path[1:] for path in counted]
+    # For a/b_1/c: a, a/b_1 and a/b_1/c, each as (path without number, number).
+    scopes = [itertools.accumulate(path.split("/"), "{}/{}".format) for path in paths]
+    counted = [list(map(_counted, path)) for path in scopes]
     # In a dict the last entry of a name counts.
     lowest = dict(sorted(itertools.chain(*counted), reverse=True))
-    plain = ["/".join(f"{a}_{n - lowest[a]}" for a, n in path) for path in counted]
+    plain = [
+        "/".join(f"{a.rpartition('/')[2]}_{n - lowest[a]}" for a, n in path)
+        for path in counted
+    ]
     shapes = [str(variable.shape) for variable in variables]  # may have no rank
     return [list(row) for row in zip(paths, plain, shapes, strict=True)]
 
 
-def _counted(part: str) -> tuple[str, int]:
-    match = re.fullmatch(r"(.+)_(\d+)", part)
-    return (match[1], int(match[2])) if match else (part, 0)
-
-
-def _names_and_shapes(part: Any, trained: list[list[str]]) -> dict[str, Any]:
-    """Returns for each key which variable the array is for, its role, and its shape.
-
-    Keras names an optimizer's variable after the trained one. A user's class may choose
-    names that do not tell; then "" stands for variable and role.
-    """
-    starts = {re.sub("[/:]", "_", path) + "_": plain for path, plain, _ in trained}
-    rows: dict[str, Any] = {}
-    names = set()
-    for key, value in (_variables_of(part) or _saved_by(part)).items():
-        name = getattr(value, "name", "")
-        ends = range(len(name), 0, -1)
-        start = next((name[:end] for end in ends if name[:end] in starts), "")
-        name = f"{starts[start]} {name[len(start) :]}" if start else ""
-        rows[key] = "" if name in names else name, list(value.shape)
-        names.add(name)
-    return rows
+def _counted(path: str) -> tuple[str, int]:
+    match = re.fullmatch(r"(.+)_(\d+)", path)
+    return (match[1], int(match[2])) if match else (path, 0)
 
 
 def _form_of(note: np.ndarray) -> str:
@@ -270,8 +260,11 @@ class SavedState(tf.train.experimental.PythonState):
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         self.notes: Arrays = {}
-        # What was loaded before `build` created the variables for it.
-        self._held: Arrays | None = None
+        # What was loaded before `build` created the variables for it: arrays, and the
+        # variables that there are before.
+        self.held: dict[str, Any] | None = None
+        # These variables, each with its values before and after the loading.
+        self._early: list[tuple[Any, Any, Any]] = []
         # The layout and the notes in a checkpoint, if they fit.
         self._restored: Any = None
         self._refused = False
@@ -282,7 +275,6 @@ class SavedState(tf.train.experimental.PythonState):
         """Returns the layout of the optimizer as it is now."""
         optimizers: dict[str, Any] = {}
         arrays: dict[str, Any] = {}
-        trained = _trained_by(self._optimizer)
         seen: set[int] = set()  # What several children share is saved with the first.
         for of, one in _tree(self._optimizer):
             phases: Any = []
@@ -295,11 +287,13 @@ class SavedState(tf.train.experimental.PythonState):
             optimizers[of] = {"class": _class_of(one), "name": given_name(one)}
             optimizers[of] |= {"settings": kept, "phases": list(phases)}
             for prefix, part in _parts_of(one, seen):
-                for key, (name, shape) in _names_and_shapes(part, trained).items():
-                    arrays[of + prefix + key] = [of, name and prefix + name, shape]
+                for key, value in (_variables_of(part) or _saved_by(part)).items():
+                    arrays[of + prefix + key] = [of, list(value.shape)]
         for key, note in self.notes.items():
-            arrays[f"notes/{key}"] = ["notes/", _form_of(note), [note.nbytes]]
-        layout = {"version": VERSION, "trained": trained, "bytes": {}}
+            arrays[f"notes/{key}"] = ["notes/", [note.nbytes]]
+        trained = _trained_by(self._optimizer)
+        notes = {key: _form_of(note) for key, note in self.notes.items()}
+        layout = {"version": VERSION, "trained": trained, "notes": notes, "bytes": {}}
         return {**layout, "optimizers": optimizers, "arrays": arrays}
 
     # --- build ---
@@ -318,9 +312,10 @@ class SavedState(tf.train.experimental.PythonState):
         self._refused = True  # unless all of it fits
         if self._restored is not None:
             _layout.check_by_position(self._restored[0], self.layout())
-        if self._held is not None:
-            self._load(_layout_in(self._held), self._held)
-        self._held, self._restored, self._refused = None, None, False
+        if self.held is not None:
+            self._load(_layout_in(self.held), self.held)
+        self.held, self._restored, self._refused = None, None, False
+        self._early.clear()
 
     # --- weights ---
 
@@ -349,8 +344,8 @@ class SavedState(tf.train.experimental.PythonState):
         texts |= {f"notes/{key}": note.tobytes() for key, note in self.notes.items()}
         arrays = {key: np.frombuffer(text, np.uint8) for key, text in texts.items()}
         arrays |= _arrays_in(self._optimizer)
-        for key, value in (self._held or arrays).items():
-            store[key] = value
+        for key, value in (self.held or arrays).items():
+            store[key] = np.asarray(value)
 
     def read(self, store: Any) -> None:
         """Reads what `write` wrote, or holds it until `build`."""
@@ -361,21 +356,30 @@ class SavedState(tf.train.experimental.PythonState):
         saved = _layout_in(store)
         if self._optimizer.built:
             return self._load(saved, store)
-        held = {"layout": np.asarray(store["layout"])}
-        for key, (_, _, shape) in saved["arrays"].items():
+        held: dict[str, Any] = {"layout": np.asarray(store["layout"])}
+        for key, (_, shape) in saved["arrays"].items():
             held[key] = _read(store, key, shape)
-        # The notes not in `build`: a callback may have started over by then.
-        self.notes, self._held = self._notes_in(saved, store), held
-        self._refused = False
+        # Notes, counters and rates not in `build`: by then a callback may have started
+        # over, a phase have been ended, or a learning rate have been set.
+        self.notes, self.held, self._refused = self._notes_in(saved, store), held, False
+        self._set_starts(saved)
+        for prefix, one in _tree(self._optimizer):
+            for i, variable in enumerate(_keras.own_variables(one) * (not one.built)):
+                value = held.get(f"{prefix}{i}", held["layout"])
+                if (value.shape, value.dtype) == (variable.shape, variable.dtype):
+                    self._early.append((variable, variable.numpy(), value))
+                    variable.assign(value)
+                    held[f"{prefix}{i}"] = variable
 
     def _load(self, saved: Layout, store: Any) -> None:
         """Loads all of a file, or raises and loads nothing."""
         now = self.layout()
-        keys = _layout.keys_for(saved, now)
-        values = {} if keys and saved["trained"] else self._fresh_values(store)
-        for key, key_before in (keys or {}).items():
-            values[key] = _read(store, key_before, now["arrays"][key][-1])
-        notes = self.notes if self._held else self._notes_in(saved, store)
+        keys = _layout.keys_in_both(saved, now)
+        is_of_built = saved["trained"] or self.held  # held before `build`: is fresh now
+        values = {} if keys and is_of_built else self._fresh_values(store)
+        for key in keys or []:
+            values[key] = _read(store, key, now["arrays"][key][-1])
+        notes = self.notes if self.held else self._notes_in(saved, store)
         for prefix, part in parts(self._optimizer):
             for key, variable in _variables_of(part).items():
                 if prefix + key in values:
@@ -412,6 +416,9 @@ class SavedState(tf.train.experimental.PythonState):
         values = {key: _read(store, key, ()) for key in ("0", "1", "2")}
         # The call counter goes back to where its window of accumulation began.
         values["0"] -= values["0"] % (optimizer.gradient_accumulation_steps or 1)
+        for variable, before, loaded in reversed(self._early):
+            if variable.numpy() == loaded:  # else it was set since
+                variable.assign(before)
         # A user's classes need not be registered.
         classes = {type(child).__name__: type(child) for child in optimizer.children}
         twin = type(optimizer).from_config(optimizer.get_config(), classes)
@@ -425,7 +432,7 @@ class SavedState(tf.train.experimental.PythonState):
         """Returns the saved notes that there is a callback for."""
         notes = {}
         for key, note in self.notes.items():
-            _, form, _ = saved["arrays"].get(f"notes/{key}", ("", "", []))
+            form = saved["notes"].get(key)
             if form and form != _form_of(note):
                 raise ValueError(
                     "What a callback noted must have the dtype and shape that it has "
@@ -470,7 +477,7 @@ class SavedState(tf.train.experimental.PythonState):
         saved, self.notes = self._restored
         self._restored = None if self._optimizer.built else (saved, {})
         self._set_starts(saved)
-        self._held = None
+        self.held = None
 
     def is_foreign(self, name: str, dependencies: Any) -> bool:
         """Whether the checkpoint that is being restored is of another optimizer.

@@ -45,10 +45,16 @@ def are_initialized(variables: Iterable[Any]) -> bool:
     return all(bool(_keras.native(v).is_initialized()) for v in variables)
 
 
-def retake(copies: Iterable[tuple[Any, Pairs]]) -> None:
-    """Before an optimizer's first update, copies the weights as its `build` did."""
+def retake(copies: Iterable[tuple[Any, Pairs]], has_started: tf.Tensor) -> None:
+    """Before an optimizer's first update, copies the weights as its `build` did.
+
+    Args:
+        copies: what `find_copies` returned.
+        has_started: whether a phase of the child has begun. A user's class may not
+            count its updates, and a user may set the count back.
+    """
     for optimizer, pairs in copies:
-        is_first = tf.equal(optimizer.iterations, 0)
+        is_first = tf.equal(optimizer.iterations, 0) & ~has_started
         for slot, weight in pairs:
             value = tf.where(is_first, tf.cast(weight, slot.dtype), slot)
             optimizer.assign(slot, value)

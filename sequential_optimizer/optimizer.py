@@ -106,7 +106,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
 
     Raises:
         ValueError: if an argument breaks one of the rules above, or if a child is a
-            `LossScaleOptimizer` or has a `loss_scale_factor`.
+            `LossScaleOptimizer`, overrides `scale_loss` or `apply_gradients`, or has a
+            `loss_scale_factor`.
     """
 
     # --- construct -----------------------------------------------------------
@@ -347,15 +348,16 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         # the model for the first time. Then the weights have no values yet, and a child
         # that copies them in `build` can do so only in the graph.
         with tf.init_scope():
-            in_graph = not are_initialized(variables)
+            # What was loaded is set at once, which needs variables with values.
+            in_graph = not (self._saved_state.held or are_initialized(variables))
         with contextlib.nullcontext() if in_graph else tf.init_scope():
             for child in self.children:
                 if not child.built:
-                    child.build(variables)
+                    child.build(list(variables))
         with tf.init_scope():
             copies = [find_copies(c, i > 0) for i, c in enumerate(self.children)]
-            # Not tracked: they are variables of the children.
-            object.__setattr__(self, "_weight_copies", copies)
+            # Not tracked, nor saved: they are variables of the children.
+            object.__setattr__(self, "_self_weight_copies", copies)
             super().build(variables)
             self._saved_state.after_build()
 
@@ -436,16 +438,17 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         steps = self.gradient_accumulation_steps
         passed = [_keras.accumulator_of(self, variable) for variable in variables]
 
-        def sums() -> list[Any]:
-            return _gradients.add_to(passed, grads, variables)
-
         def add() -> None:
-            for accumulator, new_value in zip(passed, sums(), strict=True):
+            # One by one: a variable may be there twice.
+            for accumulator, *of_one in zip(passed, grads, variables, strict=True):
+                new_value = _gradients.add_to(accumulator, *of_one)
                 if new_value is not None:
                     self.assign(accumulator, new_value)
+                    self._constrain(of_one[1:])
 
         def update() -> None:
-            self._update(_gradients.divide(sums(), steps, variables), variables)
+            sums = list(map(_gradients.add_to, passed, grads, variables))
+            self._update(_gradients.divide(sums, steps, variables), variables)
             # All of them: this window ends for variables that were not passed, too.
             for accumulator in _keras.accumulators(self):
                 self.assign(accumulator, tf.zeros_like(accumulator))
@@ -457,7 +460,10 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         """Lets the child of the current phase make the update."""
 
         def update_with(i: int) -> None:
-            retake(self._weight_copies[i])
+            if copies := self._self_weight_copies[i]:
+                is_of_child = np.equal(self.child_of_phase, i)
+                starts = tf.where(is_of_child, self._phase_starts, np.int64(-1))
+                retake(copies, tf.reduce_max(starts) >= 0)
             _replicas.for_each_replica(self._apply_child, i, grads, variables)
 
         phase = self.phase
@@ -469,7 +475,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     @_not_autographed
     def _apply_child(self, i: int, grads: list[Any], variables: list[Any]) -> None:
         grads = _gradients.brought_inside(grads, variables)
-        self.children[i].apply(grads, variables)
+        self.children[i].apply(grads, list(variables))
 
     def _switch(self, phase: tf.Tensor, branch: Callable[[int], Any]) -> Any:
         """Runs `branch` on the index of the child of `phase`, in the graph."""
@@ -485,7 +491,10 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     def _overwrite_with_averages(self) -> None:
         _keras.set_to_averages(self, _keras.trained_variables(self))
         # The average of weights on, say, a sphere is not on it.
-        for variable in _keras.trained_variables(self):
+        self._constrain(_keras.trained_variables(self))
+
+    def _constrain(self, variables: Iterable[Any]) -> None:
+        for variable in variables:
             if variable.constraint is not None:
                 self.assign(variable, variable.constraint(variable))
 
@@ -506,9 +515,12 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             # Before the first update the average is zero.
             tf.cond(tf.greater(self.iterations, 0), finalize, lambda: None)
             return
-        methods = [child.finalize_variable_values for child in self.children]
-        branches: list[Any] = [partial(method, variables) for method in methods]
-        branches.append(lambda: None)  # for no child, or one that was dropped since
+
+        def finalize_with(i: int) -> None:
+            if i < len(self.children):  # else no child, or one that was dropped since
+                self.children[i].finalize_variable_values(variables)
+
+        branches = [partial(finalize_with, i) for i in range(len(self.children) + 1)]
         switch_case(tf.cast(self._last_child, tf.int32), branches)
 
     # --- save ----------------------------------------------------------------
@@ -564,7 +576,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     def load_own_variables(self, store: Any) -> None:
         """Reads what `save_own_variables` wrote, or raises and sets nothing.
 
-        An optimizer that is not built yet holds what it reads until it is built.
+        An optimizer that is not built yet takes the counters and learning rates at
+        once, and holds the rest until it is built.
 
         Raises:
             ValueError: if the file breaks the rule of `_layout`, or is damaged.
@@ -574,7 +587,9 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     def __dir__(self) -> Iterable[str]:
         # In this list Keras finds what else to save and load. It would load children
         # one by one, after this optimizer, and continue when one of them does not fit.
-        return [n for n in super().__dir__() if n not in ("children", "_weight_copies")]
+        return [
+            n for n in super().__dir__() if n not in ("children", "_self_weight_copies")
+        ]
 
     # TensorFlow has no public hooks for these two.
 

@@ -48,7 +48,7 @@ class Lookahead(optimizers.SGD):
         if slow is not None:
             fast = tf.cast(tf.convert_to_tensor(variable), slow.dtype)
             self.assign(slow, (fast + tf.convert_to_tensor(slow)) / 2)
-            self.assign(variable, slow)
+            self.assign(variable, (fast + tf.convert_to_tensor(slow)) / 2)
 
 
 class Masters(Lookahead):
@@ -88,6 +88,27 @@ class Untracked(Lookahead):
 
     def slow_of(self, i, variable):
         return tf.Variable(variable)
+
+
+class InContainers(Lookahead):
+    """Keeps them in a dict of lists."""
+
+    def build(self, variables):
+        if not self.built:
+            optimizers.SGD.build(self, variables)
+            self.kept = {"slow": [tf.Variable(v) for v in variables]}
+
+    @property
+    def slow(self):
+        return self.kept["slow"]
+
+
+class Uncounted(Lookahead):
+    """Overrides `apply`, and leaves the counter where it is."""
+
+    def apply(self, grads, trainable_variables=None):
+        for gradient, variable in zip(grads, trainable_variables, strict=True):
+            self.update_step(gradient, variable, 0.1)
 
 
 class Wrapper(optimizers.Optimizer):
@@ -201,6 +222,9 @@ CASES = {
         keras_variables(*DENSE, shapes=((3, 3, 1, 2), (2,))),
     ),
     "not tracked": (Untracked, raw([1.0, 2.0], [[3.0]])),
+    "in containers": (InContainers, raw([1.0, 2.0], [[3.0]])),
+    # Taken again before every update.
+    "not counted": (Uncounted, raw([1.0, 2.0], [[3.0]])),
     "sizes 0 and 1": (Lookahead, raw(np.ones((0, 3), np.float32), [[1.0], [2.0]])),
 }
 
@@ -289,6 +313,25 @@ def test_copies_of_an_optimizer_that_a_child_holds(holder):
 def test_copies_of_a_child_that_counts_elsewhere(mode):
     # They were once taken again before every update.
     check(CountsElsewhere, mode=mode)
+
+
+def test_count_that_is_set_back_leaves_the_copies(mode):
+    # A warm restart of a schedule once took them again.
+    def train(sequence_or_plain, count, variables):
+        first, second = (
+            make_gradients(variables, 4)[:2],
+            make_gradients(variables, 4)[2:],
+        )
+        run(sequence_or_plain, variables, first, mode)
+        count.assign(0)
+        return run(sequence_or_plain, variables, second, mode)
+
+    ours, theirs = make_variables(), make_variables()
+    sequence, plain = SequentialOptimizer([Lookahead(0.1)], []), Lookahead(0.1)
+    assert_same(
+        train(sequence, sequence.children[0].iterations, ours),
+        train(plain, plain.iterations, theirs),
+    )
 
 
 def test_build_that_is_interrupted_can_be_repeated():

@@ -69,28 +69,9 @@ def test_keys_of_the_h5_file_stay_as_they_are(run_of, name):
         assert _keys(run.folder(calls) / "model.weights.h5") == sorted(H5_KEYS[name])
 
 
-def _slots(of, *kinds):
-    return {
-        f"{of}{2 + i}": [of, f"{name} {kind}", shape]
-        for i, (name, shape, kind) in enumerate(
-            (name, shape, kind)
-            for name, shape in [
-                ("dense_0/kernel_0", [4, 3]),
-                ("dense_0/bias_0", [3]),
-                ("dense_1/kernel_0", [3, 1]),
-                ("dense_1/bias_0", [1]),
-            ]
-            for kind in kinds
-        )
-    }
-
-
 def _adam_arrays(of):
-    return {
-        f"{of}0": [of, "", []],
-        f"{of}1": [of, "", []],
-        **_slots(of, "momentum", "velocity"),
-    }
+    shapes = [s for shape in ([4, 3], [3], [3, 1], [1]) for s in (shape, shape)]
+    return {f"{of}{i}": [of, shape] for i, shape in enumerate([[], [], *shapes])}
 
 
 def _adam_entry(name):
@@ -115,18 +96,17 @@ LAYOUT = {
         "children/1/": _adam_entry("second"),
     },
     "arrays": {
-        "0": ["", "", []],
-        "1": ["", "", []],
-        "2": ["", "", []],
+        **{key: ["", []] for key in "012"},
         **_adam_arrays("children/0/"),
         **_adam_arrays("children/1/"),
     },
     "trained": [
-        ["sequential/dense/kernel", "dense_0/kernel_0", "(4, 3)"],
-        ["sequential/dense/bias", "dense_0/bias_0", "(3,)"],
-        ["sequential/dense_1/kernel", "dense_1/kernel_0", "(3, 1)"],
-        ["sequential/dense_1/bias", "dense_1/bias_0", "(1,)"],
+        ["sequential/dense/kernel", "sequential_0/dense_0/kernel_0", "(4, 3)"],
+        ["sequential/dense/bias", "sequential_0/dense_0/bias_0", "(3,)"],
+        ["sequential/dense_1/kernel", "sequential_0/dense_1/kernel_0", "(3, 1)"],
+        ["sequential/dense_1/bias", "sequential_0/dense_1/bias_0", "(1,)"],
     ],
+    "notes": {},
     "bytes": {},
 }
 

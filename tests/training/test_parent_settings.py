@@ -113,6 +113,58 @@ def run_by_hand(
     return history, weights_of(averages)
 
 
+# --- accumulation as in one plain optimizer -------------------------------------
+
+
+def test_variable_that_is_passed_twice_accumulates_both(mode):
+    # Tied layers: the second gradient replaced the first.
+    def train(make, variables):
+        optimizer = make(gradient_accumulation_steps=3)
+        optimizer.build(variables)
+        step = compiled(
+            lambda *grads: optimizer.apply([*grads, *grads], variables * 2), mode
+        )
+        for grads in make_gradients(variables, 3):
+            step(*grads)
+        return weights_of(variables)
+
+    def make_sequence(**kwargs):
+        return SequentialOptimizer([SGD(0.1)], [], **kwargs)
+
+    plain = train(lambda **kwargs: SGD(0.1, **kwargs), make_variables())
+    assert_same(train(make_sequence, make_variables()), plain)
+
+
+def test_constraints_hold_while_gradients_are_added_up():
+    # They came with the update, and the first gradients were of other weights.
+    def train(optimizer):
+        (variable,) = make_variables([(3, 2)])
+        variable.constraint = keras.constraints.UnitNorm(axis=0)
+        optimizer.build([variable])
+        history = []
+        for gradients in make_gradients([variable], 3):
+            optimizer.apply(gradients, [variable])
+            history.append(weights_of([variable]))
+        return history
+
+    kwargs = {"gradient_accumulation_steps": 2}
+    ours = train(SequentialOptimizer([SGD(0.1)], [], **kwargs))
+    assert_same(ours, train(SGD(0.1, **kwargs)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_gradients_of_numpy_are_added_up(dtype):
+    # They kept their dtype, and two dtypes cannot be added.
+    variables = make_variables(dtype=dtype)
+    optimizer = SequentialOptimizer([SGD(0.5)], [], gradient_accumulation_steps=2)
+    before = [np.asarray(w, "float32") for w in weights_of(variables)]
+    for _ in range(2):
+        optimizer.apply([np.ones(v.shape) for v in variables], variables)
+    for variable, start in zip(variables, before, strict=True):
+        after = variable.numpy().astype("float32")
+        np.testing.assert_allclose(after, start - 0.5, atol=2e-2)
+
+
 # --- moving averages ---------------------------------------------------------
 
 

@@ -51,6 +51,100 @@ def test_child_that_overrides_apply_gradients_is_refused():
         SequentialOptimizer([Halving(0.1), "adam"], [2])
 
 
+# Nothing called its `scale_loss`, and its `apply` divided all the same.
+def test_child_that_overrides_scale_loss_is_refused():
+    class Scaled(optimizers.SGD):
+        def scale_loss(self, loss):
+            return 8 * loss
+
+    with refuses("`LossScaleOptimizer`", "`scale_loss`"):
+        SequentialOptimizer([Scaled(0.1), "adam"], [2])
+
+
+# The branches shared the lists: the next one to be traced missed what was deleted.
+def test_child_that_changes_its_lists_leaves_those_of_others():
+    class Freezing(optimizers.SGD):
+        def build(self, variables):
+            del variables[1:]
+            super().build(variables)
+
+        def apply(self, grads, trainable_variables=None):
+            del grads[1:], trainable_variables[1:]
+            super().apply(grads, trainable_variables)
+
+    ours, theirs = make_variables(), make_variables()
+    gradients = make_gradients(ours, 4)
+    optimizer = SequentialOptimizer([Freezing(0.1), optimizers.Adam(0.1)], [2])
+    first, adam = optimizers.SGD(0.1), optimizers.Adam(0.1)
+    run(optimizer, ours, gradients, "graph")
+    for grads in gradients[:2]:
+        first.apply(grads[:1], theirs[:1])
+    run(adam, theirs, gradients[2:], "graph")
+    assert_same(weights_of(ours), weights_of(theirs))
+
+
+# What it returned was taken for the result of a branch.
+def test_child_whose_finalize_returns_something(mode):
+    class Returning(optimizers.SGD):
+        def finalize_variable_values(self, var_list):
+            super().finalize_variable_values(var_list)
+            return var_list[0] + 1.0
+
+    variables = make_variables()
+    optimizer = SequentialOptimizer([Returning(0.1), optimizers.Adam(0.1)], [2])
+    history = run(optimizer, variables, make_gradients(variables, 1), mode)
+    compiled(lambda: optimizer.finalize_variable_values(variables), mode)()
+    assert_same(weights_of(variables), history[-1])
+
+
+# A class whose `build` does not call that of Keras knows no variables.
+def test_child_that_keeps_its_own_list_may_be_built_before():
+    class Own(optimizers.SGD):
+        def build(self, variables):
+            self.built = True
+
+        def apply(self, grads, trainable_variables=None):
+            trainable_variables[0].assign_sub(grads[0])
+
+    variable, own = tf.Variable([1.0, 2.0]), Own(0.1)
+    own.build([variable])
+    SequentialOptimizer([own, "adam"], [2]).apply([tf.ones(2)], [variable])
+    np.testing.assert_array_equal(variable, [0.0, 1.0])
+
+
+# Keras made `r_adam_2` of the first and `r_adam_2_1` of the second.
+def test_number_at_the_end_of_a_class_name():
+    class RAdam_2(optimizers.SGD):  # noqa: N801
+        pass
+
+    store, variable = {}, tf.Variable([1.0, 2.0])
+    saved, loaded = (SequentialOptimizer([RAdam_2(0.1)], []) for _ in range(2))
+    saved.apply([tf.ones(2)], [variable])
+    saved.save_own_variables(store)
+    loaded.build([variable])
+    loaded.load_own_variables(store)
+    assert int(loaded.iterations) == 1
+
+
+# The number of rows became int64, where the indices are int32.
+def test_rows_of_a_sparse_gradient_keep_their_dtype():
+    class Scattering(optimizers.SGD):
+        def update_step(self, gradient, variable, learning_rate):
+            indices = gradient.indices[:, None]
+            dense = tf.scatter_nd(indices, gradient.values, gradient.dense_shape)
+            super().update_step(dense, variable, learning_rate)
+
+    ours, theirs = (tf.Variable([[1.0], [2.0], [3.0]]) for _ in range(2))
+    for optimizer, variable in (
+        (SequentialOptimizer([Scattering(0.1)], []), ours),
+        (Scattering(0.1), theirs),
+    ):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(tf.gather(variable, [0, 2, 2]))
+        optimizer.apply([tape.gradient(loss, variable)], [variable])
+    assert_same(weights_of([ours]), weights_of([theirs]))
+
+
 # The remedy that the error names.
 def test_child_that_overrides_apply_equals_plain(mode):
     class Halving(optimizers.SGD):
