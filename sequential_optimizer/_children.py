@@ -177,12 +177,3 @@ def check_built_on(variables: list[Any], children: Iterable[Optimizer]) -> None:
                 f"variables, {len(child_keys & keys)} of them among the {len(keys)} to "
                 "train. Pass a new instance instead."
             )
-
-
-def refuse_change(name: str, value: Any) -> None:
-    """Raises AttributeError: the parts of a SequentialOptimizer are fixed."""
-    raise AttributeError(
-        f"`{name}` of a `SequentialOptimizer` cannot be changed. Received: "
-        f"{value!r:.200}. Call `advance()` to end a phase early, or load what this "
-        "optimizer saved into another one."
-    )

@@ -75,11 +75,6 @@ def accumulator_of(optimizer: Any, variable: Any) -> keras.Variable:
     return optimizer._accumulated_gradients[optimizer._get_variable_index(variable)]
 
 
-def accumulators(optimizer: Any) -> list[keras.Variable]:
-    """The accumulators of all variables."""
-    return list(optimizer._accumulated_gradients)
-
-
 def update_averages(optimizer: Any) -> None:
     """Moves the averages towards the weights."""
     optimizer._update_model_variables_moving_average(trained_variables(optimizer))

@@ -159,13 +159,18 @@ def _trained_by(optimizer: Any) -> list[list[str]]:
     """Returns each variable's path, the path to compare by, and its shape.
 
     Keras numbers layers per process: `dense_3` and `dense_4` may return as `dense` and
-    `dense_1`, so numbers count from the lowest of a name in the same layer.
+    `dense_1`, so numbers count from the lowest of a name in the same layer. The number
+    in `block_3` is the user's, unless there is a class `Block`.
     """
+    classes: list[type] = [keras.layers.Layer, keras.Variable]
+    for cls in classes:
+        classes += cls.__subclasses__()
+    numbered = {cls.__name__.lower() for cls in classes}
     variables = _keras.trained_variables(optimizer)
     paths = [_keras.path_of(variable) for variable in variables]
     # For a/b_1/c: a, a/b_1 and a/b_1/c, each as (path without number, number).
     scopes = [itertools.accumulate(path.split("/"), "{}/{}".format) for path in paths]
-    counted = [list(map(_counted, path)) for path in scopes]
+    counted = [[_counted(scope, numbered) for scope in path] for path in scopes]
     # In a dict the last entry of a name counts.
     lowest = dict(sorted(itertools.chain(*counted), reverse=True))
     plain = [
@@ -176,9 +181,10 @@ def _trained_by(optimizer: Any) -> list[list[str]]:
     return [list(row) for row in zip(paths, plain, shapes, strict=True)]
 
 
-def _counted(path: str) -> tuple[str, int]:
-    match = re.fullmatch(r"(.+)_(\d+)", path)
-    return (match[1], int(match[2])) if match else (path, 0)
+def _counted(path: str, numbered: set[str]) -> tuple[str, int]:
+    name, _, number = path.rpartition("_")
+    is_numbered = name.rpartition("/")[2].replace("_", "").lower() in numbered
+    return (name, int(number)) if number.isdecimal() and is_numbered else (path, 0)
 
 
 def _form_of(note: np.ndarray) -> str:
@@ -314,8 +320,7 @@ class SavedState(tf.train.experimental.PythonState):
             _layout.check_by_position(self._restored[0], self.layout())
         if self.held is not None:
             self._load(_layout_in(self.held), self.held)
-        self.held, self._restored, self._refused = None, None, False
-        self._early.clear()
+        self.held, self._restored, self._refused, self._early = None, None, False, []
 
     # --- weights ---
 
@@ -343,8 +348,7 @@ class SavedState(tf.train.experimental.PythonState):
         texts = {"layout": json.dumps(self.layout()).encode()}
         texts |= {f"notes/{key}": note.tobytes() for key, note in self.notes.items()}
         arrays = {key: np.frombuffer(text, np.uint8) for key, text in texts.items()}
-        arrays |= _arrays_in(self._optimizer)
-        for key, value in (self.held or arrays).items():
+        for key, value in (self.held or arrays | _arrays_in(self._optimizer)).items():
             store[key] = np.asarray(value)
 
     def read(self, store: Any) -> None:
@@ -413,7 +417,7 @@ class SavedState(tf.train.experimental.PythonState):
         """Returns the saved counters, and fresh values for everything else."""
         optimizer = self._optimizer
         # The first variables of every sequence: iteration, min_phase and last_child.
-        values = {key: _read(store, key, ()) for key in ("0", "1", "2")}
+        values = {key: _read(store, key, ()).copy() for key in ("0", "1", "2")}
         # The call counter goes back to where its window of accumulation began.
         values["0"] -= values["0"] % (optimizer.gradient_accumulation_steps or 1)
         for variable, before, loaded in reversed(self._early):

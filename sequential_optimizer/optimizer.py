@@ -166,7 +166,11 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             # switch, and then track a variable that belongs to a child.
             return object.__setattr__(self, name, value)
         if name in ("boundaries", "children") and hasattr(self, name):
-            _children.refuse_change(name, value)
+            raise AttributeError(
+                f"`{name}` of a `SequentialOptimizer` cannot be changed. Received: "
+                f"{value!r:.200}. Call `advance()` to end a phase early, or load what "
+                "this optimizer saved into another one."
+            )
         _children.check_settings({name: value})
         super().__setattr__(name, value)
 
@@ -450,7 +454,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             sums = list(map(_gradients.add_to, passed, grads, variables))
             self._update(_gradients.divide(sums, steps, variables), variables)
             # All of them: this window ends for variables that were not passed, too.
-            for accumulator in _keras.accumulators(self):
+            for variable in _keras.trained_variables(self):
+                accumulator = _keras.accumulator_of(self, variable)
                 self.assign(accumulator, tf.zeros_like(accumulator))
 
         ends_window = (_keras.call_count(self) + 1) % steps == 0

@@ -561,6 +561,23 @@ def test_children_start_afresh_if_nothing_trained_is_the_same(tmp_path):
     assert [int(child.iterations) for child in other.optimizer.children] == [0, 0]
 
 
+@pytest.mark.parametrize("rate", [None, 0.002], ids=["of the code", "set since"])
+def test_rates_of_children_that_start_afresh_are_not_those_of_the_file(tmp_path, rate):
+    # A lower rate for fine-tuning; those of the file are set until `build`.
+    model = two_layers(adam_sgd())
+    train(model, 0, BOUNDARY - 1)
+    model.save_weights(tmp_path / "model.weights.h5")
+    adam = optimizers.Adam(0.001, name="adam")
+    frozen = two_layers(SequentialOptimizer([adam, "sgd"], [BOUNDARY]), frozen=(0,))
+    frozen.load_weights(tmp_path / "model.weights.h5")
+    if rate:
+        frozen.optimizer.learning_rate = rate
+    with pytest.warns(UserWarning, match="every child starts afresh"):
+        build(frozen)
+    assert float(adam.learning_rate) == np.float32(rate or 0.001)
+    assert int(frozen.optimizer.iterations) == BOUNDARY - 1
+
+
 def test_children_start_afresh_if_variables_are_in_another_order():
     def variables():
         return [keras.Variable(np.ones(2), name=name) for name in "ab"]
@@ -596,6 +613,20 @@ def test_layers_that_numbers_alone_tell_apart_go_by_their_order(now):
         other.load_own_variables(store)
     assert len(caught) == 1
     assert_same(weights_of(other.variables), weights_of(optimizer.variables))
+
+
+@pytest.mark.parametrize("now", [("stage_1",), ("stage_2", "stage_3")])
+def test_numbers_in_names_of_the_user_are_no_numbers_of_keras(now):
+    # `stage_1` was taken for the `stage_2` in the file.
+    def make(names):
+        optimizer = adam_sgd()
+        optimizer.build([keras.Variable(np.ones(2), name=name) for name in names])
+        return optimizer
+
+    store = {}
+    make(["stage_2", "stage_1"][: len(now)]).save_own_variables(store)
+    with pytest.warns(UserWarning, match="every child starts afresh"):
+        make(now).load_own_variables(store)
 
 
 @keras.saving.register_keras_serializable("tests")
