@@ -10,9 +10,10 @@ nothing.
 
 A name that Keras made up (`adam_1`) counts as none, because it depends on what else the
 process created; so only one child of a class may go without a name of its own. Layers
-are told apart by their paths without numbers, and by their order, with a warning if the
-numbers do not count alike from the lowest. If the model comes to train different layers
-of the same shapes, give them names that differ in more than a number.
+are told apart by their names without numbers, and by their order; with a warning if the
+numbers do not count alike from the lowest, or if what holds the layers has other names.
+If the model comes to train different layers of the same shapes, give them names that
+differ in more than a number.
 """
 
 import base64
@@ -40,6 +41,9 @@ FORM: Any = {
 }
 
 Layout = dict[str, Any]
+
+# All but the last two names of a path, without numbers.
+_LOOSE = r"^.*/(?=[^/]*/)|_\d+(?=/|$)"
 
 
 # --- the form ---------------------------------------------------------------
@@ -119,11 +123,11 @@ def keys_in_both(saved: Layout, now: Layout) -> set[str] | None:
     _check_rule(saved, now)
     if not _is_same_order(saved, now):
         return None
-    if not _is_same_order(saved, now, numbers=True):
+    if not _is_same_order(saved, now, strictly=True):
         warnings.warn(
-            "Layers whose names differ in numbers alone are told apart by their order. "
-            f"Received: {_listed(saved)}, now {_listed(now)}. If the model does not "
-            "train the same layers as before, create a new optimizer.",
+            "Layers that differ only in a number, or in the name of what holds them, "
+            f"are told apart by their order. Received: {_listed(saved)}, now "
+            f"{_listed(now)}. If they are not the same, create a new optimizer.",
             stacklevel=2,
         )
     both = saved["optimizers"].keys() & now["optimizers"].keys()
@@ -143,32 +147,30 @@ def keys_in_both(saved: Layout, now: Layout) -> set[str] | None:
     return old.keys() & new.keys()
 
 
-def _is_same_order(saved: Layout, now: Layout, numbers: bool = False) -> bool:
-    """Whether shapes and paths are the same, up to models that layers are nested in.
+def _is_same_order(saved: Layout, now: Layout, strictly: bool = False) -> bool:
+    """Whether shapes are the same, and the names of the variables and their layers.
 
     Also true if either optimizer was not built: then there is nothing to compare.
 
     Args:
         saved: the layout that was saved.
         now: the layout of the optimizer.
-        numbers: whether to compare the numbers in the paths, too. Keras numbers layers
-            in the order of their creation, which may have been another one.
+        strictly: whether to compare whole paths, with numbers. But Keras numbers layers
+            in the order of their creation, and a model may have been renamed.
     """
     before, current = saved["trained"], now["trained"]
     is_same = len(before) == len(current) and all(
-        shape == other_shape and _are_alike(path, other, numbers)
-        for (_, path, shape), (_, other, other_shape) in zip(
-            before, current, strict=True
-        )
+        old[2] == new[2] and _are_alike(old[1], new[1], strictly)
+        for old, new in zip(before, current, strict=True)
     )
     return is_same or not before or not current
 
 
-def _are_alike(path: str, other: str, numbers: bool) -> bool:
+def _are_alike(path: str, other: str, strictly: bool) -> bool:
     # A path may begin with the names of models; Keras drops them when it loads one, and
     # so layers of one name that were in two models may be in one.
-    if not numbers or path.count("/") != other.count("/"):
-        path, other = (re.sub(r"_\d+(?=/|$)", "", one) for one in (path, other))
+    if not strictly or path.count("/") != other.count("/"):
+        path, other = (re.sub(_LOOSE, "", one) for one in (path, other))
     return f"/{path}".endswith(f"/{other}") or f"/{other}".endswith(f"/{path}")
 
 

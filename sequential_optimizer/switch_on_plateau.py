@@ -210,8 +210,8 @@ class SwitchOnPlateau(keras.callbacks.Callback):
 
     def _begin(self, started: float, cooldown: int = 0) -> _Seen:
         """Returns what has been seen when the current phase begins: nothing."""
-        phase = int(self._sequence.phase)
-        return _Seen(phase, started, -self._sign * math.inf, -1, cooldown)
+        best = -self._sign * math.inf
+        return _Seen(int(self._sequence.phase), started, best, -1, cooldown)
 
     def _iterations(self) -> int:
         return int(self._sequence.iterations.numpy())

@@ -666,7 +666,7 @@ def test_layers_in_a_block_are_numbered_for_themselves(tmp_path, way):
     )
 
 
-def test_layer_with_layers_inside_is_not_taken_for_another(tmp_path):
+def test_layer_with_layers_inside_is_not_taken_for_another_silently(tmp_path):
     # A beginning that all paths share was once left out, and so the layer's name.
     def make(trained, optimizer):
         lower = keras.layers.LSTM(2, name="lower", return_sequences=True)
@@ -681,8 +681,7 @@ def test_layer_with_layers_inside_is_not_taken_for_another(tmp_path):
     model.save_weights(tmp_path / "model.weights.h5")
     other = build(make("upper", adam_sgd()))
     messages = warnings_of(other.load_weights, tmp_path / "model.weights.h5")
-    assert any("every child starts afresh" in message for message in messages)
-    assert not any(np.any(v) for v in other.optimizer.children[0].variables[2:])
+    assert any("told apart by their order" in message for message in messages)
 
 
 def _quantized(mode):
