@@ -42,7 +42,7 @@ FORM: Any = {
 
 Layout = dict[str, Any]
 
-# All but the last two names of a path, without numbers.
+# What is not compared: all but the last two names of a path, and numbers.
 _LOOSE = r"^.*/(?=[^/]*/)|_\d+(?=/|$)"
 
 
@@ -116,6 +116,8 @@ def _described(layout: Layout) -> str:
 
 def keys_in_both(saved: Layout, now: Layout) -> set[str] | None:
     """Returns the keys of the arrays to load, or `None` for children to start afresh.
+
+    Warns if only their order tells which variables are the same.
 
     Raises:
         ValueError: if what was saved must not be loaded.

@@ -368,19 +368,21 @@ class SavedState(tf.train.experimental.PythonState):
         self.notes, self.held, self._refused = self._notes_in(saved, store), held, False
         self._set_starts(saved)
         for prefix, one in _tree(self._optimizer):
-            for i, variable in enumerate(_keras.own_variables(one) * (not one.built)):
-                value = held.get(f"{prefix}{i}", held["layout"])
-                if (value.shape, value.dtype) == (variable.shape, variable.dtype):
-                    self._early.append((variable, variable.numpy(), value))
-                    variable.assign(value)
-                    held[f"{prefix}{i}"] = variable
+            own = [] if one.built else _keras.own_variables(one)
+            for i, variable in enumerate(own):
+                key, form = f"{prefix}{i}", (variable.shape, variable.dtype)
+                if key in held and (held[key].shape, held[key].dtype) == form:
+                    self._early.append((variable, variable.numpy(), held[key]))
+                    variable.assign(held[key])
+                    held[key] = variable
 
     def _load(self, saved: Layout, store: Any) -> None:
         """Loads all of a file, or raises and loads nothing."""
         now = self.layout()
         keys = _layout.keys_in_both(saved, now)
-        is_of_built = saved["trained"] or self.held  # held before `build`: is fresh now
-        values = {} if keys and is_of_built else self._fresh_values(store)
+        # A file from before `build` resets an optimizer, unless it has just been built.
+        resets = not saved["trained"] and not self.held
+        values = self._fresh_values(store) if not keys or resets else {}
         for key in keys or []:
             values[key] = _read(store, key, now["arrays"][key][-1])
         notes = self.notes if self.held else self._notes_in(saved, store)

@@ -360,7 +360,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                     child.build(list(variables))
         with tf.init_scope():
             copies = [find_copies(c, i > 0) for i, c in enumerate(self.children)]
-            # Not tracked, nor saved: they are variables of the children.
+            # Not tracked, nor saved, for which `held_by` passes over `_self_`: they are
+            # variables of the children.
             object.__setattr__(self, "_self_weight_copies", copies)
             super().build(variables)
             self._saved_state.after_build()
@@ -444,11 +445,11 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
 
         def add() -> None:
             # One by one: a variable may be there twice.
-            for accumulator, *of_one in zip(passed, grads, variables, strict=True):
-                new_value = _gradients.add_to(accumulator, *of_one)
+            for accumulator, g, v in zip(passed, grads, variables, strict=True):
+                new_value = _gradients.add_to(accumulator, g, v)
                 if new_value is not None:
                     self.assign(accumulator, new_value)
-                    self._constrain(of_one[1:])
+                    self._constrain([v])
 
         def update() -> None:
             sums = list(map(_gradients.add_to, passed, grads, variables))
