@@ -1,8 +1,13 @@
 """The model, the children and the state that most tests share."""
 
 import keras
+import pytest
 
 from tests.helpers.oracle import weights_of
+
+needs_schedule_free = pytest.mark.skipif(
+    not hasattr(keras.optimizers, "ScheduleFreeAdamW"), reason="this Keras has none"
+)
 
 
 class Counting(keras.Sequential):

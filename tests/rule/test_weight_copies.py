@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 
 from sequential_optimizer import SequentialOptimizer
+from tests.helpers.models import needs_schedule_free
 from tests.helpers.oracle import (
     assert_same,
     make_gradients,
@@ -21,10 +22,6 @@ from tests.helpers.oracle import (
 )
 
 optimizers = keras.optimizers
-
-needs_schedule_free = pytest.mark.skipif(
-    not hasattr(optimizers, "ScheduleFreeAdamW"), reason="this Keras has none"
-)
 
 
 class Lookahead(optimizers.SGD):
@@ -318,13 +315,10 @@ def test_copies_of_a_child_that_counts_elsewhere(mode):
 def test_count_that_is_set_back_leaves_the_copies(mode):
     # A warm restart of a schedule once took them again.
     def train(sequence_or_plain, count, variables):
-        first, second = (
-            make_gradients(variables, 4)[:2],
-            make_gradients(variables, 4)[2:],
-        )
-        run(sequence_or_plain, variables, first, mode)
+        gradients = make_gradients(variables, 4)
+        run(sequence_or_plain, variables, gradients[:2], mode)
         count.assign(0)
-        return run(sequence_or_plain, variables, second, mode)
+        return run(sequence_or_plain, variables, gradients[2:], mode)
 
     ours, theirs = make_variables(), make_variables()
     sequence, plain = SequentialOptimizer([Lookahead(0.1)], []), Lookahead(0.1)

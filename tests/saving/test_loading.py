@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 
 from sequential_optimizer import PhaseLogger, SequentialOptimizer, SwitchOnPlateau
+from tests.helpers.models import needs_schedule_free
 from tests.helpers.oracle import assert_same, weights_of
 from tests.helpers.saving import (
     BOUNDARY,
@@ -431,11 +432,6 @@ def test_model_that_was_frozen_after_the_training_loads(tmp_path, change, kwargs
     assert_same(weights_of(bare.weights), weights_of(model.weights))
 
 
-needs_schedule_free = pytest.mark.skipif(
-    not hasattr(optimizers, "ScheduleFreeAdamW"), reason="this Keras has none"
-)
-
-
 @needs_schedule_free
 def test_plain_checkpoint_before_build_loses_copies_of_weights(tmp_path):
     # If this fails, Keras keeps them now: take the sentence out of the README.
@@ -602,11 +598,8 @@ def test_layers_that_numbers_alone_tell_apart_go_by_their_order(now):
         optimizer.build(variables)
         return optimizer, variables
 
-    (optimizer, variables), (other, _), store = (
-        make(["dense", "dense_1"]),
-        make(now),
-        {},
-    )
+    optimizer, variables = make(["dense", "dense_1"])
+    (other, _), store = make(now), {}
     optimizer.apply([tf.ones(2), 5 * tf.ones(2)], variables)
     optimizer.save_own_variables(store)
     with pytest.warns(UserWarning, match="told apart by their order") as caught:
