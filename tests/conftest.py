@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import gc
 import os
 import zlib
 from pathlib import Path
@@ -63,3 +64,14 @@ def _same_start():
     # Collecting garbage takes half a second.
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture
+def interrupted_fit():
+    """For a test that ends `fit` in mid-epoch: frees the iterator over its data.
+
+    In TensorFlow 2.21 this waits for a thread that sleeps for longer the older the
+    iterator is: if a later test collects the garbage, for up to a minute.
+    """
+    yield
+    gc.collect()

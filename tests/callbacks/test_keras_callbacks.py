@@ -266,6 +266,7 @@ def test_early_stopping_restores_weights_not_children(wrap):
 # --- TerminateOnNaN ----------------------------------------------------------
 
 
+@pytest.mark.usefixtures("interrupted_fit")
 def test_terminate_on_nan_stops_before_the_switch(wrap):
     y = Y.copy()
     y[-1] = np.nan  # in the second batch of each epoch

@@ -280,6 +280,7 @@ def _resumable(wrapped):
     return compiled_model(optimizer)
 
 
+@pytest.mark.usefixtures("interrupted_fit")
 @pytest.mark.parametrize(("epoch", "wrapped"), [(0, False), (2, True), (3, False)])
 def test_resumed_run_prints_no_switch_that_was_before(epoch, wrapped, tmp_path, capsys):
     def run(*callbacks):

@@ -725,6 +725,7 @@ def uninterrupted(variant):
     return start(variant, EPOCHS)
 
 
+@pytest.mark.usefixtures("interrupted_fit")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "policy", "epoch", "at_end"),
@@ -759,6 +760,7 @@ def test_killed_run_resumes_as_if_it_had_not_been(
     assert_same(state, expected_state)
 
 
+@pytest.mark.usefixtures("interrupted_fit")
 def test_killed_fit_is_repeated_in_the_same_process(tmp_path):
     # It raised: when training begins, nothing has been restored.
     def train(*others):
@@ -775,6 +777,7 @@ def test_killed_fit_is_repeated_in_the_same_process(tmp_path):
     assert train() == [0, 2, 4]
 
 
+@pytest.mark.usefixtures("interrupted_fit")
 @pytest.mark.parametrize("epoch", [2, 3])
 def test_killed_run_resumes_from_a_tensorflow_checkpoint(epoch, tmp_path):
     class Checkpoints(keras.callbacks.Callback):
@@ -801,6 +804,7 @@ def test_killed_run_resumes_from_a_tensorflow_checkpoint(epoch, tmp_path):
     assert_same(state, expected_state)
 
 
+@pytest.mark.usefixtures("interrupted_fit")
 @pytest.mark.parametrize("epoch", [1, 3, 6])  # the last one in the last phase
 def test_resumed_run_warns_if_it_was_saved_before_the_turn(epoch, tmp_path):
     def around(plateau):
@@ -811,6 +815,7 @@ def test_resumed_run_warns_if_it_was_saved_before_the_turn(epoch, tmp_path):
         start("best weights", EPOCHS, around)  # which continues to the end
 
 
+@pytest.mark.usefixtures("interrupted_fit")
 def test_backup_made_without_the_callback_is_watched_from_there(tmp_path):
     def backup(plateau):
         return [keras.callbacks.BackupAndRestore(tmp_path / "backup")]

@@ -79,6 +79,7 @@ def _backup(tmp_path):
     return keras.callbacks.BackupAndRestore(tmp_path / "backup", save_freq=1)
 
 
+@pytest.mark.usefixtures("interrupted_fit")
 @pytest.mark.slow
 @pytest.mark.parametrize(("updates", "in_epoch"), [(2, 0), (3, 0), (4, 1)])
 def test_backup_and_restore_continues_after_a_crash(tmp_path, updates, in_epoch):
@@ -96,6 +97,7 @@ def test_backup_and_restore_continues_after_a_crash(tmp_path, updates, in_epoch)
     assert_same(state_of(resumed), state_of(uninterrupted))
 
 
+@pytest.mark.usefixtures("interrupted_fit")
 def test_backup_keeps_a_phase_ended(tmp_path):
     crashed, resumed = (
         make_model(adam_sgd([None]), run_eagerly=True) for _ in range(2)
