@@ -3,6 +3,7 @@
 import gc
 import os
 import zlib
+from collections import Counter
 from pathlib import Path
 
 # Less noise on the screen; must be set before TensorFlow is imported.
@@ -13,6 +14,8 @@ import pytest
 
 MODES = ("eager", "graph", "xla")
 SLOW = Path(__file__).parent / "slow"
+# Of a test with parameters, in the quick tests.
+COMBINATIONS = 3
 # Compiling takes most of the time: the quick tests use mode "xla" in these only.
 COMPILED = ("test_training.py", "test_reference.py", "test_phase_starts.py")
 
@@ -20,22 +23,24 @@ COMPILED = ("test_training.py", "test_reference.py", "test_phase_starts.py")
 def pytest_collection_modifyitems(items):
     """Marks as slow what is in the folder `slow`, and most of what has parameters.
 
-    The quick tests have each value of each parameter in one combination with the
-    others. All other combinations are slow, and so is what XLA compiles elsewhere than
-    in `COMPILED`. Tests that take seconds are marked where they are.
+    Of a test with parameters, the quick tests have at most `COMBINATIONS`, each with a
+    value that those before do not have. All others are slow, and so is what XLA
+    compiles elsewhere than in `COMPILED`. Tests that take seconds are marked where they
+    are.
     """
-    seen = set()
+    seen, combinations = set(), Counter()
     # In an order of chance, the same each time, so that values meet various others.
     for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):
         params = item.callspec.params if hasattr(item, "callspec") else {}
         values = {(item.function, name, repr(value)) for name, value in params.items()}
         mode = params.get("mode")
         is_compiled = mode == "xla" and item.path.name not in COMPILED
-        is_covered = params and values <= seen
-        if is_compiled or is_covered or item.path.is_relative_to(SLOW):
+        is_covered = values <= seen or combinations[item.function] == COMBINATIONS
+        if is_compiled or (params and is_covered) or item.path.is_relative_to(SLOW):
             item.add_marker(pytest.mark.slow)
         if not item.get_closest_marker("slow"):
             seen |= values
+            combinations[item.function] += 1
     # First what takes longest, so that no worker is left with it at the end.
     items.sort(
         key=lambda item: (SLOW in item.path.parents, item.path.parent == SLOW),

@@ -38,7 +38,9 @@ def with_loss_scaling(optimizer):
     return keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=8.0)
 
 
-@pytest.fixture(params=[as_it_is, with_loss_scaling])
+@pytest.fixture(
+    params=[as_it_is, pytest.param(with_loss_scaling, marks=pytest.mark.slow)]
+)
 def wrap(request):
     """Runs a test with the SequentialOptimizer as it is, and wrapped."""
     return request.param

@@ -60,7 +60,9 @@ def values_of(points):
     return [value for _, value in points]
 
 
-@pytest.fixture(params=OPTIMIZERS)
+@pytest.fixture(
+    params=["as it is", pytest.param("loss scaling", marks=pytest.mark.slow)]
+)
 def optimizer(request):
     return OPTIMIZERS[request.param]()
 

@@ -271,7 +271,9 @@ def test_loss_scaling_hides_a_trial_point_without_a_gradient():
     assert abs(final_weight(keras.optimizers.LossScaleOptimizer)) < 1e-6
 
 
-@pytest.mark.parametrize("learning_rate", [0.05, 1e3])
+@pytest.mark.parametrize(
+    "learning_rate", [pytest.param(0.05, marks=pytest.mark.slow), 1e3]
+)
 def test_fits_of_one_step_move(make, learning_rate):
     # Each once went back to where it had begun. With the longer steps, trial points are
     # rejected, too.
