@@ -16,10 +16,13 @@ point x + t d, and h is the gradient there:
                                d <- -H h, t <- min(1, learning_rate / rms(d))
 
 A pair is kept if its curvature y.s is positive beyond rounding. If -H h is not finite
-or not downhill, H is forgotten, and d is the steepest descent. After ten rejected trial
-points in a row the next is accepted; if the gradient there is not finite, the search
-goes back to x, forgets H, and tries the steepest descent. For a variable without a
-gradient, d is zero.
+or not downhill, H is forgotten, and d is the steepest descent: -h, shortened to an L1
+norm of 1 if it is longer. After ten rejected trial points in a row the next is
+accepted; if the gradient there is not finite, the search goes back to x, forgets H, and
+tries the steepest descent. For a variable without a gradient, d is zero.
+
+If the first step of a search did not change the gradient at all, it was too short to
+move the weights: d is then -h with an L1 norm of 1, however short h is.
 
 At the end of `fit` the model goes back to x, where the next `fit` starts; after trial
 points that were rejected, with a step no longer than the one that was due. A `fit` that
@@ -39,12 +42,14 @@ from sequential_optimizer import _gradients, _keras, _replicas
 from sequential_optimizer._children import CLIPPING
 from sequential_optimizer._vectors import (
     EPSILON,
+    check_distinct,
     check_shape,
     check_variable,
     flat,
     flat_gradient,
     set_flat,
     where_given,
+    where_rounded,
 )
 
 _MAX_REJECTIONS = 10
@@ -243,7 +248,8 @@ class QuasiNewton(keras.optimizers.Optimizer):
                 is left out stays as it is.
 
         Raises:
-            ValueError: if a gradient does not have the shape of its variable.
+            ValueError: if a gradient does not have the shape of its variable, or if a
+                variable is there twice.
         """
         self._check_settings()
         grads = list(grads)
@@ -254,7 +260,11 @@ class QuasiNewton(keras.optimizers.Optimizer):
             _gradients.check_gradients(grads, trainable_variables)
             for gradient, variable in zip(grads, trainable_variables, strict=True):
                 check_shape(gradient, variable)
-        super().apply(grads, trainable_variables)
+            check_distinct(trainable_variables)
+        # The step that hits the end of a dataset of unknown size has no gradients, and
+        # must not count: it would shift the windows of accumulation.
+        with _gradients.computed_first(grads):
+            super().apply(grads, trainable_variables)
 
     # Keras calls this once for all replicas, with the sums of their gradients.
     def _distributed_tf_update_step(
@@ -298,7 +308,8 @@ class QuasiNewton(keras.optimizers.Optimizer):
         verdict = _judge(search, found, is_trial)
 
         step, change = search.step * search.direction, found - search.gradient
-        enough = _MIN_CURVATURE[dtype.name] * _norm(step) * _norm(change)
+        length_of_change = _norm(change)
+        enough = _MIN_CURVATURE[dtype.name] * _norm(step) * length_of_change
         is_kept = verdict.accepts & is_trial & (dot(step, change) > enough)
         pair = Pair(step, change, is_kept, search.pairs)
         gradient = tf.where(verdict.accepts, found, search.gradient)
@@ -312,7 +323,9 @@ class QuasiNewton(keras.optimizers.Optimizer):
         turns = verdict.accepts | verdict.resets
         rejects = ~turns & ~verdict.stays
         is_usable = (pair.count > 0) & _is_downhill(product, gradient) & ~verdict.resets
-        descent = -tf.where(is_usable, product, _steepest(gradient))
+        was_too_short = is_trial & (search.rejected < 0) & (length_of_change == 0)
+        steepest = _steepest(gradient, was_too_short)
+        descent = -tf.where(is_usable, product, steepest)
         if any(gradient is None for gradient in grads):
             # It stays where it is, such as a layer that was frozen.
             descent = tf.where(where_given(grads, variables), descent, 0)
@@ -324,11 +337,15 @@ class QuasiNewton(keras.optimizers.Optimizer):
         starts = tf.cast(verdict.accepts & ~is_trial, tf.int64)
         rejected = tf.where(rejects, tf.maximum(search.rejected, 0) + 1, -starts)
         pairs = tf.where(is_usable | is_converged | ~turns, pair.count, 0)
+        # Without a finite gradient, better where there was one than at a trial point.
+        goes_back = verdict.stays & is_there & (search.step > 0)
         # Always true. It tells XLA that nothing reads the old gradient after this, so
         # that the branches of a switch that leave it alone need no copy of it.
         is_last = pairs >= 0
         after = _Search(
-            point=tf.where(verdict.accepts | verdict.stays, trial, search.point),
+            point=tf.where(
+                verdict.accepts | (verdict.stays & ~goes_back), trial, search.point
+            ),
             gradient=tf.where(verdict.accepts & is_last, found, search.gradient),
             direction=direction,
             step=tf.where(verdict.stays | is_converged, tf.zeros_like(step), step),
@@ -391,18 +408,15 @@ def _trial(
     trial = search.point + step
     size = tf.abs(trial)
     # A compiler may round `trial` once more or less than when it was assigned.
-    rounding = EPSILON[search.point.dtype.name] * (size + tf.abs(step))
-    dtypes = {variable.dtype.name for variable in variables}
-    # Below its smallest normal number, float16 is no more precise than there.
-    smallest = 2**-14 if "float16" in dtypes else 0
-    rounding = 4 * rounding + max(EPSILON[name] for name in dtypes) * (size + smallest)
+    rounding = 4 * EPSILON[search.point.dtype.name] * (size + tf.abs(step))
+    rounding += where_rounded(size, variables)
     is_there = tf.reduce_all(tf.abs(weights - trial) <= rounding)
     # `trial` is the same point before it was rounded to the type of the weights.
     return tf.where(is_there, trial, weights), is_there
 
 
 def _judge(search: _Search, gradient: tf.Tensor, is_trial: tf.Tensor) -> _Verdict:
-    is_finite = tf.math.is_finite(dot(gradient, gradient))
+    is_finite = tf.reduce_all(tf.math.is_finite(gradient))
     limit = _MAX_SLOPE * tf.abs(dot(search.gradient, search.direction))
     overshot = dot(gradient, search.direction) > limit
     has_patience = search.rejected < _MAX_REJECTIONS
@@ -427,13 +441,20 @@ def _shorter_step(search: _Search, gradient: tf.Tensor) -> tf.Tensor:
 def _largest_step(direction: tf.Tensor, learning_rate: tf.Tensor) -> tf.Tensor:
     """Returns the step, 1 at most, that keeps the change within `learning_rate`."""
     length = _norm(direction)
-    longest = learning_rate * math.sqrt(direction.shape[0])
-    return tf.where(length > longest, longest / length, 1)
+    longest = tf.maximum(learning_rate, 0) * math.sqrt(direction.shape[0])
+    # So that a learning rate that is not a number shows.
+    return tf.where(~(length <= longest), longest / length, 1)
 
 
-def _steepest(gradient: tf.Tensor) -> tf.Tensor:
-    """Returns the first direction, but uphill: short even if the gradient is large."""
-    return gradient * tf.minimum(1 / tf.reduce_sum(tf.abs(gradient)), 1)
+def _steepest(gradient: tf.Tensor, is_long: tf.Tensor) -> tf.Tensor:
+    """Returns the first direction, but uphill: short even if the gradient is large.
+
+    Args:
+        gradient: vector.
+        is_long: scalar bool, whether it is not to be short if the gradient is small.
+    """
+    scale = tf.math.divide_no_nan(1.0, tf.reduce_sum(tf.abs(gradient)))
+    return gradient * tf.where(is_long, scale, tf.minimum(scale, 1))
 
 
 def _is_downhill(product: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:

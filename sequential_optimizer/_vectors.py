@@ -52,6 +52,19 @@ def check_shape(gradient: Any, variable: Any) -> None:
         )
 
 
+def check_distinct(variables: Sequence[Any]) -> None:
+    """Raises ValueError if a variable is there twice."""
+    seen: set[int] = set()
+    for variable in variables:
+        if id(variable) in seen:
+            raise ValueError(
+                "`trainable_variables` must hold each variable once, because a "
+                "quasi-Newton method needs the whole gradient of each. Received: "
+                f"`{_keras.path_of(variable)}` twice. Add up its gradients."
+            )
+        seen.add(id(variable))
+
+
 def flat(variables: Iterable[tf.Variable], dtype: tf.DType) -> tf.Tensor:
     return tf.concat([tf.reshape(tf.cast(v, dtype), [-1]) for v in variables], axis=0)
 
@@ -77,6 +90,26 @@ def where_given(grads: Iterable[Any], variables: Iterable[tf.Variable]) -> tf.Te
     parts = [
         tf.fill([variable.shape.num_elements()], gradient is not None)
         for gradient, variable in zip(grads, variables, strict=True)
+    ]
+    return tf.concat(parts, axis=0)
+
+
+def where_rounded(size: tf.Tensor, variables: Iterable[tf.Variable]) -> tf.Tensor:
+    """Returns what rounding to the type of its variable may change in each weight.
+
+    Args:
+        size: vector, the absolute values of the weights.
+        variables: list of the variables.
+    """
+    dtypes = [variable.dtype.name for variable in variables]
+    # Below its smallest normal number, float16 is no more precise than there.
+    smallest = {"float16": 2**-14}
+    if len(set(dtypes)) == 1:
+        return EPSILON[dtypes[0]] * (size + smallest.get(dtypes[0], 0))
+    sizes = [variable.shape.num_elements() for variable in variables]
+    parts = [
+        EPSILON[dtype] * (part + smallest.get(dtype, 0))
+        for dtype, part in zip(dtypes, tf.split(size, sizes), strict=True)
     ]
     return tf.concat(parts, axis=0)
 

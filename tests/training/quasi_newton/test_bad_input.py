@@ -101,6 +101,13 @@ def test_gradients_of_another_shape(make, gradient, steps):
         optimizer.apply([gradient], [variable])
 
 
+def test_variable_that_is_passed_twice(make):
+    # Only its last gradient counted.
+    variable = keras.Variable([1.0, 2.0], name="kernel")
+    with pytest.raises(ValueError, match=r"once.*Received: `kernel` twice\. Add up"):
+        make().apply([tf.ones(2), tf.ones(2)], [variable, variable])
+
+
 def test_rows_of_another_width(make):
     table = tf.Variable(tf.ones((4, 2)))
     rows = tf.IndexedSlices(tf.ones((1, 3)), tf.constant([1]), tf.constant([4, 3]))

@@ -256,6 +256,23 @@ def test_child_sees_full_batches_after_stochastic_ones(make):
     assert_same(model.get_weights(), expected.get_weights(), ATOL)
 
 
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_windows_keep_to_the_epochs_of_a_dataset_of_unknown_size(make):
+    # In a graph, Keras counts the step that finds no more data: the windows of later
+    # epochs ended in mid-epoch.
+    x, y = make_data()
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(4, drop_remainder=True)
+    dataset = dataset.filter(lambda *_: True)
+    model = make_model(1)
+    model.compile(make(gradient_accumulation_steps=4), "mse", jit_compile=False)
+    model.fit(dataset, epochs=3, verbose=0, shuffle=False)
+    expected = make_model(1)
+    expected.compile(make(), "mse", jit_compile=False)
+    expected.fit(x, y, batch_size=16, epochs=3, shuffle=False, verbose=0)
+    assert int(model.optimizer.iterations) == 3
+    assert_same(model.get_weights(), expected.get_weights(), ATOL)
+
+
 def test_loss_scaling_hides_a_trial_point_without_a_gradient():
     # If this fails, Keras passes on gradients that are not finite: take the warning out
     # of the docstring of LBFGS.
