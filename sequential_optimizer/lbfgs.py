@@ -18,34 +18,33 @@ class LBFGS(QuasiNewton):
     the loss. So it works in `fit`, in custom loops, under XLA, and as a phase of a
     `SequentialOptimizer`, after Adam for example.
 
-    **Update.** With g the gradient at the last accepted point x,
+    **Update.** From the last accepted point x, with the gradient g, the trial point is
 
-        d = -H g
-        x + t d,  t = min(1, learning_rate / rms(d))
+        x + t d,  d = -H g,  t = min(1, learning_rate / rms(d)).
 
-    is the next point. Most steps are accepted. If the slope along d is uphill there,
-    and more than 0.9 times as steep as it was downhill at x, the step was too long: t
-    becomes the root of the secant of the two slopes, clipped to [t / 10, t / 2]. If the
-    gradient is not finite, t becomes t / 10. H comes from the pairs of a step s and the
-    change of the gradient y, the rows of S and Y, by the compact form of Byrd, Nocedal
-    and Schnabel (Math. Programming 63, 1994, theorem 2.2), with R the upper triangle
-    of S Y', D its diagonal, and c = s.y / y.y of the last pair:
+    Most trial points are accepted. If the slope along d is uphill at the trial point,
+    and more than 0.9 times as steep as the downhill slope at x, the step was too long:
+    t becomes the root of the secant of the two slopes, clipped to [t / 10, t / 2]. If
+    the gradient is not finite, t becomes t / 10. H comes from the pairs of a step s and
+    the change of the gradient y, the rows of S and Y, by the compact form of Byrd,
+    Nocedal and Schnabel (Math. Programming 63, 1994, theorem 2.2), with R the upper
+    triangle of S Y', D its diagonal, and c = s.y / y.y of the last pair:
 
         H g = c g + S' p - c Y' q
         q = R^-1 S g
         p = R'^-1 ((D + c Y Y') q - c Y g)
 
     Pairs without positive curvature are left out. If H gives no direction downhill, H
-    is forgotten, and the next step is steepest descent.
+    is forgotten, and the next direction is -g, shortened to |d|_1 = 1 if longer.
 
     **Full batch.** Two gradients can be compared only if they are of the same function:
     feed all data in each step. If the data do not fit into memory, set
     `gradient_accumulation_steps` to the number of batches per epoch. Each epoch is then
     one step, as exact as with a single batch if all batches have the same size (for a
-    `tf.data.Dataset`, `drop_remainder=True`) and are the same in each epoch. A child
-    accumulates only in its own phase, which must begin where an epoch does. On several
-    devices (`MirroredStrategy`, or your own loop under `MultiWorkerMirroredStrategy`)
-    the batch is spread over them, without accumulation.
+    `tf.data.Dataset`, `drop_remainder=True`) and hold the same data in each epoch. A
+    child accumulates only in its own phase, which must begin where an epoch does. On
+    several devices (`MirroredStrategy`, or your own loop under
+    `MultiWorkerMirroredStrategy`) the batch is spread over them, without accumulation.
     Dropout, augmentation and a different batch in each step drown the changes of the
     gradient in noise: steps are rejected, what is learned is wrong, and Adam is better.
 
@@ -60,7 +59,7 @@ class LBFGS(QuasiNewton):
     otherwise fits of one step would never move.) Call it at the end of your own loop.
     What `ModelCheckpoint` saves before that may be a trial point, with all that is
     needed to continue, and the next phase may start from one. The `loss` in the logs of
-    a full batch is that of the point before: let callbacks that keep the best weights
+    a full batch is that before the update: let callbacks that keep the best weights
     watch `val_loss`. If something else sets the weights, the search starts there, with
     all it has learned. `SwapEMAWeights` does so at every validation, by rounding: leave
     it out.
@@ -102,9 +101,10 @@ class LBFGS(QuasiNewton):
         loss_scale_factor: float by which the loss is multiplied and the gradients
             are divided, or `None` (the default).
         gradient_accumulation_steps: int >= 2, the number of calls whose mean gradient
-            is one evaluation, or `None` (the default).
+            is one evaluation, or `None` (the default). All of them must pass the same
+            variables.
         **kwargs: the other arguments of `keras.optimizers.Optimizer`, all of which
-            are refused unless they are `None` or `False`.
+            are refused unless they are `None` or `False`; `ema_momentum` is ignored.
 
     Raises:
         ValueError: if an argument breaks one of these rules; in `build`, if a variable

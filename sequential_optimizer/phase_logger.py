@@ -16,9 +16,9 @@ class PhaseLogger(keras.callbacks.Callback):
     """Puts the phase and the learning rate into the logs, and prints each switch.
 
     The logs of each epoch get `phase`, the phase of its last update; `learning_rate`,
-    that of the child that made this update; and `iterations`, the number of updates so
-    far. So `History`, the progress bar, `CSVLogger` and `TensorBoard` show them; put
-    `PhaseLogger` before the last two in the list of callbacks.
+    that of the child that made this update, if it has one; and `iterations`, the number
+    of updates so far. So `History`, the progress bar, `CSVLogger` and `TensorBoard`
+    show them; put `PhaseLogger` before the last two in the list of callbacks.
 
     Each switch is printed as a line such as `iteration 1200: adam -> sgd`: the first
     1200 updates are adam's. The line appears after the first update of the new phase

@@ -21,12 +21,13 @@ def plot_history(
 ) -> "Axes":
     """Plots metrics over epochs, with the phases shaded and the switches marked.
 
-    Each name has a colour, so a child that comes back has the same one; the legend
+    Each name has a color, so a child that comes back has the same one; the legend
     shows which.
 
     A switch inside an epoch is marked where it happened, if `history` is what `fit`
-    returned. From a dict alone, only the phase of an epoch's last update is known, and
-    the switch is marked where that epoch begins.
+    returned and its model has one sequence that has not been trained since. Otherwise,
+    as from a dict, only the phase of an epoch's last update is known, and the switch is
+    marked where that epoch begins.
 
     Args:
         history: what `Model.fit` returned, or its `history` dict, with the column
@@ -145,13 +146,13 @@ def _begins_of_phases(
 
 
 def _shade_phases(ax: "Axes", begins: dict[float, int], names: Sequence[str]) -> None:
-    """Shades each stretch of one phase, one colour per name, and marks the switches."""
+    """Shades each stretch of one phase, one color per name, and marks the switches."""
     colors: dict[str, str] = {}
     edges = [*begins, ax.get_xlim()[1]]
     for left, right, phase in zip(edges[:-1], edges[1:], begins.values(), strict=True):
         name = names[phase]
         label = None if name in colors else name
-        # From the end of the colour cycle; the curves take theirs from the beginning.
+        # From the end of the color cycle; the curves take theirs from the beginning.
         color = colors.setdefault(name, f"C{9 - len(colors) % 10}")
         ax.axvspan(left, right, color=color, alpha=0.2, linewidth=0, label=label)
         if left != edges[0]:

@@ -18,9 +18,9 @@ class SSBroyden(QuasiNewton):
 
     Works like `LBFGS`, whose docstring explains the search, full batches and trial
     points. But H is a dense matrix of n x n numbers, which is rescaled in each step. On
-    ill-conditioned problems (physics-informed networks) this gets orders of magnitude
-    further in the same number of steps. Each step costs more: use `SSBroyden` for up to
-    a few thousand weights, and `LBFGS` above that.
+    ill-conditioned problems (physics-informed networks) this can get orders of
+    magnitude further in the same number of steps. Each step costs more: use `SSBroyden`
+    for up to a few thousand weights, and `LBFGS` above that.
 
     **Update.** After a step s that changed the gradient by y (Al-Baali and Khalfan;
     Urban, Stefanou and Pons, J. Comput. Phys. 523, 2025, arXiv 2405.04230),
@@ -32,7 +32,8 @@ class SSBroyden(QuasiNewton):
 
         low = min(1, h (1 - sqrt(a / (a + 1))))
         theta = (1 - b) / b, clipped to [(low - 1) / a, 1 / low]
-        sigma = 1 + a theta,  e = sigma^(-1 / (n - 1)),  phi = (1 - theta) / sigma
+        sigma = 1 + a theta,  phi = (1 - theta) / sigma
+        e = sigma^(-1 / max(n - 1, 1))
         tau = min(1, 1 / b) min(e, 1 / theta)    if theta > 0
         tau = min(min(1, 1 / b) e, sigma)        otherwise.
 
@@ -72,9 +73,10 @@ class SSBroyden(QuasiNewton):
         loss_scale_factor: float by which the loss is multiplied and the gradients
             are divided, or `None` (the default).
         gradient_accumulation_steps: int >= 2, the number of calls whose mean gradient
-            is one evaluation, or `None` (the default).
+            is one evaluation, or `None` (the default). All of them must pass the same
+            variables.
         **kwargs: the other arguments of `keras.optimizers.Optimizer`, all of which
-            are refused unless they are `None` or `False`.
+            are refused unless they are `None` or `False`; `ema_momentum` is ignored.
 
     Raises:
         ValueError: if an argument breaks one of these rules; in `build`, if a variable

@@ -89,7 +89,7 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         ValueError: if an argument breaks one of these rules, or if `mode="auto"`
             cannot tell from the name of the metric which way is better; when `fit`
             begins, if there is no SequentialOptimizer or more than one to choose
-            from; in the first epoch, if it is in its last phase already; after an
+            from; in the first epoch, if that is in its last phase already; after an
             epoch, if two of these callbacks watch the same metric for the same
             optimizer.
     """

@@ -408,14 +408,14 @@ def headline(result: dict[str, Any]) -> str:
         plain, sequence = best_of(groups, PLAIN), best_of(groups, SEQUENCES)
         if plain and sequence:
             texts.append(
-                f"{groups[plain].median:.1e} to {groups[sequence].median:.1e} on "
+                f"{groups[plain].median:.1e} and {groups[sequence].median:.1e} on "
                 f"{problem}"
             )
     if not texts:
         return "Nothing has been compared yet."
     return (
-        "With as many gradients, the median error falls from the best plain Adam's to "
-        f"the best sequence's from {', '.join(texts)}."
+        "With as many gradients, the median errors of the best plain Adam and of the "
+        f"best sequence are {', '.join(texts)}."
     )
 
 

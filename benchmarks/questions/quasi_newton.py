@@ -345,10 +345,10 @@ def headline(result: dict[str, Any]) -> str:
     for method in ("LBFGS", "SSBroyden"):
         cases = [case for case in result["cases"] if case["method"] == method]
         ratios = timing.medians(cases, "update_over_copy")
-        said.append(f"of {method} takes {timing.from_to(ratios)}")
+        said.append(f"{timing.from_to(ratios)} ({method})")
     return (
-        f"An update {' and '.join(said)} times as long as copying the bytes that it "
-        "has to move."
+        f"An update takes {' and '.join(said)} times as long as copying the bytes that "
+        "it has to move."
     )
 
 

@@ -168,13 +168,14 @@ def caption(cells: list[dict[str, Any]]) -> str:
     typical, worst = float(np.median(medians)), max(medians)
     rounds = cells[0]["sequence_over_plain"]["rounds"]
     same = sum(cell["difference_of_weights"] == 0 for cell in cells)
+    differ = same < len(cells)
     return (
         f"Time of a step over a plain step: median (quartiles) of {rounds} rounds. "
         f"Goal: median of all cells at most {TYPICAL_GOAL}: {typical:.3f}, "
         f"{verdict(typical, TYPICAL_GOAL)}; no cell above {WORST_GOAL}: {worst:.3f}, "
         f"{verdict(worst, WORST_GOAL)}. Before the timing, the weights after both "
         "phases were compared with those of the plain optimizers: the same bit for bit "
-        f"in {same} of {len(cells)} cells, within rounding in the others."
+        f"in {same} of {len(cells)} cells{', within rounding in the others' * differ}."
     )
 
 

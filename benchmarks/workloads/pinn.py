@@ -1,6 +1,6 @@
 """Physics-informed networks, as a Keras user writes them, with known solutions.
 
-A network u is trained until an equation holds at given points inside of the domain and
+A network u is trained so that an equation holds at given points inside the domain and
 on its border. All points are one batch: the loss is the same function at every step.
 """
 

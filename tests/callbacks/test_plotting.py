@@ -72,7 +72,7 @@ def marks_of(ax):
 
 
 def names_of(ax):
-    """Returns the name of each span: what the legend says its colour means."""
+    """Returns the name of each span: what the legend says its color means."""
     handles, labels = ax.get_legend_handles_labels()
     names = {
         handle.get_facecolor(): label
@@ -205,7 +205,7 @@ def test_spans_cover_the_axes_and_each_switch_is_marked():
     assert names_of(ax) == ["phase 0", "phase 1", "phase 2"]
 
 
-def test_child_that_comes_back_has_its_colour_again():
+def test_child_that_comes_back_has_its_color_again():
     adam = keras.optimizers.Adam(0.01)
     sgd = keras.optimizers.SGD(0.1, name="sgd")
     optimizer = SequentialOptimizer([adam, sgd, adam], [2, 4])
