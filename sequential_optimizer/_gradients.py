@@ -5,7 +5,6 @@ An entry is a tensor, a `tf.IndexedSlices` or `None`. If the variable has
 is never divided, and accumulation takes the maximum, not the sum.
 """
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +37,7 @@ def check_variables(variables: Sequence[Any], optimizer: Any) -> None:
         )
 
 
-def computed_first(grads: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
+def computed_first(grads: Sequence[Any]) -> Any:
     """Returns a context whose operations, in a graph, wait for the gradients."""
     # Those of `tf.IndexedSlices`; any other gradient is one part.
     parts = [getattr(g, part, g) for g in grads for part in ("values", "indices")]

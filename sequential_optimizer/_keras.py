@@ -139,9 +139,7 @@ def stored_shape(store: Any, key: str) -> tuple[int, ...] | None:
     """
     for group_name in ("_h5_entry_group", "group"):  # the latter before Keras 3.9
         store = getattr(store, group_name, store)
-    if key not in store:
-        return None
-    return tuple(store[key].shape)
+    return tuple(store[key].shape) if key in store else None
 
 
 # --- graphs of TensorFlow ----------------------------------------------------

@@ -133,10 +133,8 @@ def keys_in_both(saved: Layout, now: Layout) -> set[str] | None:
             stacklevel=2,
         )
     both = saved["optimizers"].keys() & now["optimizers"].keys()
-    old, new = (
-        {key: shape for key, (of, shape) in one["arrays"].items() if of in both}
-        for one in (saved, now)
-    )
+    old = {key: shape for key, (of, shape) in saved["arrays"].items() if of in both}
+    new = {key: shape for key, (of, shape) in now["arrays"].items() if of in both}
     # An optimizer that is not built has only some of its variables.
     both_built = saved["trained"] and now["trained"]
     for key in {**old, **new} if both_built else old.keys() & new.keys():

@@ -56,9 +56,8 @@ def check_in_replica() -> None:
 
 
 def _strategy_in_words() -> str:
-    if not tf.distribute.has_strategy():
-        return "without a strategy"
-    return f"under `{type(tf.distribute.get_strategy()).__name__}`"
+    name = type(tf.distribute.get_strategy()).__name__
+    return f"under `{name}`" if tf.distribute.has_strategy() else "without a strategy"
 
 
 def once_across_replicas(function: Callable[..., None], *args: Any) -> None:

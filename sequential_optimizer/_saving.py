@@ -81,8 +81,7 @@ def parts(optimizer: Any, seen: set[int] | None = None) -> Iterator[tuple[str, A
     """
     seen = set() if seen is None else seen
     for prefix, one in _tree(optimizer):
-        for inner, part in _parts_of(one, seen):
-            yield prefix + inner, part
+        yield from ((prefix + inner, part) for inner, part in _parts_of(one, seen))
 
 
 def _parts_of(optimizer: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
@@ -297,10 +296,9 @@ class SavedState(tf.train.experimental.PythonState):
                     arrays[of + prefix + key] = [of, list(value.shape)]
         for key, note in self.notes.items():
             arrays[f"notes/{key}"] = ["notes/", [note.nbytes]]
-        trained = _trained_by(self._optimizer)
-        notes = {key: _form_of(note) for key, note in self.notes.items()}
-        layout = {"version": VERSION, "trained": trained, "notes": notes, "bytes": {}}
-        return {**layout, "optimizers": optimizers, "arrays": arrays}
+        layout: Layout = {"version": VERSION, "trained": _trained_by(self._optimizer)}
+        layout["notes"] = {key: _form_of(note) for key, note in self.notes.items()}
+        return {**layout, "bytes": {}, "optimizers": optimizers, "arrays": arrays}
 
     # --- build ---
 

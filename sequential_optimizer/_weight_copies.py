@@ -53,11 +53,10 @@ def retake(copies: Iterable[tuple[Any, Pairs]], has_started: tf.Tensor) -> None:
         has_started: whether a phase of the child has begun. A user's class may not
             count its updates, and a user may set the count back.
     """
-    for optimizer, pairs in copies:
-        is_first = tf.equal(optimizer.iterations, 0) & ~has_started
+    for owner, pairs in copies:
+        is_first = tf.equal(owner.iterations, 0) & ~has_started
         for slot, weight in pairs:
-            value = tf.where(is_first, tf.cast(weight, slot.dtype), slot)
-            optimizer.assign(slot, value)
+            owner.assign(slot, tf.where(is_first, tf.cast(weight, slot.dtype), slot))
 
 
 def find_copies(child: Any, starts_later: bool) -> list[tuple[Any, Pairs]]:

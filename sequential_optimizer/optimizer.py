@@ -1,7 +1,6 @@
 """The optimizer that hands each update to the child of the current phase."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Self
@@ -281,7 +280,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             return self.active_child().learning_rate
 
         def rate_of(i: int) -> tf.Tensor:
-            rate = getattr(self.children[i], "learning_rate", math.nan)
+            rate = getattr(self.children[i], "learning_rate", np.nan)
             return tf.cast(rate, keras.config.floatx())
 
         return self._switch(self.phase, rate_of)
@@ -433,7 +432,10 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         else:
             self._update(grads, variables)
         if self.use_ema:
-            self._update_averages()
+            _keras.update_averages(self)
+            if self.ema_overwrite_frequency:
+                is_due = (self.iterations + 1) % self.ema_overwrite_frequency == 0
+                tf.cond(is_due, self._overwrite_with_averages, lambda: None)
         # One operation: Keras' `Variable.assign_add` reads, then writes, and under an
         # asynchronous parameter server loses updates in between.
         self.assign_add(_keras.call_count(self), 1)
@@ -468,8 +470,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         def update_with(i: int) -> None:
             if copies := self._self_weight_copies[i]:
                 is_of_child = np.equal(self.child_of_phase, i)
-                starts = tf.where(is_of_child, self._phase_starts, np.int64(-1))
-                retake(copies, tf.reduce_max(starts) >= 0)
+                has_started = (self._phase_starts >= 0) & is_of_child
+                retake(copies, tf.reduce_any(has_started))
             _replicas.for_each_replica(self._apply_child, i, grads, variables)
 
         phase = self.phase
@@ -487,12 +489,6 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         """Runs `branch` on the index of the child of `phase`, in the graph."""
         branches = [partial(branch, i) for i in range(len(self.children))]
         return switch_case(self._phases.child(phase), branches)
-
-    def _update_averages(self) -> None:
-        _keras.update_averages(self)
-        if self.ema_overwrite_frequency:
-            is_due = (self.iterations + 1) % self.ema_overwrite_frequency == 0
-            tf.cond(is_due, self._overwrite_with_averages, lambda: None)
 
     def _overwrite_with_averages(self) -> None:
         _keras.set_to_averages(self, _keras.trained_variables(self))
@@ -593,9 +589,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     def __dir__(self) -> Iterable[str]:
         # In this list Keras finds what else to save and load. It would load children
         # one by one, after this optimizer, and continue when one of them does not fit.
-        return [
-            n for n in super().__dir__() if n not in ("children", "_self_weight_copies")
-        ]
+        return set(super().__dir__()) - {"children", "_self_weight_copies"}
 
     # TensorFlow has no public hooks for these two.
 

@@ -1,6 +1,5 @@
 """Ends a phase when a metric stalls."""
 
-import math
 import warnings
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -198,7 +197,7 @@ class SwitchOnPlateau(keras.callbacks.Callback):
 
     def _switch(self, epoch: int, seen: _Seen) -> None:
         # There is no best epoch if the metric was never a number.
-        if self.restore_best_weights and math.isfinite(seen.best):
+        if self.restore_best_weights and np.isfinite(seen.best):
             notes = self._sequence.notes
             self.model.set_weights([notes[key] for key in self._weight_keys()])
         before = self._sequence.active_child().name
@@ -210,7 +209,7 @@ class SwitchOnPlateau(keras.callbacks.Callback):
 
     def _begin(self, started: float, cooldown: int = 0) -> _Seen:
         """Returns what has been seen when the current phase begins: nothing."""
-        best = -self._sign * math.inf
+        best = -self._sign * np.inf
         return _Seen(int(self._sequence.phase), started, best, -1, cooldown)
 
     def _iterations(self) -> int:
