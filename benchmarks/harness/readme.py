@@ -11,17 +11,26 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 MAIN_README = README.parent.parent / "README.md"
 
 
-def origin(environment: dict[str, Any]) -> str:
-    """Returns where, when and with what something was measured, as one sentence."""
-    commit = (environment["commit"] or "unknown")[:7]
-    changes = " with uncommitted changes" if environment["uncommitted_changes"] else ""
-    return (
-        f"Measured {environment['date'][:10]} at commit {commit}{changes}: "
-        f"TensorFlow {environment['tensorflow']}, Keras {environment['keras']}, "
-        f"Python {environment['python']}, {environment['cpu']}, "
-        f"{environment['cores']} cores"
-        f"{', --quick' if environment['quick'] else ''}."
-    )
+def origin(sittings: Iterable[dict[str, Any]]) -> str:
+    """Returns when, where and with what something was measured, as one sentence.
+
+    Args:
+        sittings: the environment of each sitting.
+    """
+    when, where = {}, {}
+    for environment in sittings:
+        commit = (environment["commit"] or "unknown")[:7]
+        changed = environment["uncommitted_changes"]
+        changes = " with uncommitted changes" if changed else ""
+        when[f"{environment['date'][:10]} at commit {commit}{changes}"] = True
+        place = (
+            f"TensorFlow {environment['tensorflow']}, Keras {environment['keras']}, "
+            f"Python {environment['python']}, {environment['cpu']}, "
+            f"{environment['cores']} cores"
+            f"{', --quick' if environment['quick'] else ''}"
+        )
+        where[place] = True
+    return f"Measured {', '.join(when)}: {'; '.join(where)}."
 
 
 def part(question: Any, results: Path) -> str:
@@ -37,7 +46,7 @@ def part(question: Any, results: Path) -> str:
             f"**{headline}**",
             *(table.as_markdown() for table in tables if not table.folded),
             f"![{report.text_of(question)}](results/{name}.png)",
-            origin(result["environment"]),
+            origin(report.sittings_of(result)),
             *(table.as_markdown() for table in tables if table.folded),
         ]
     )
@@ -53,7 +62,8 @@ def costs(questions: Iterable[Any], results: Path) -> str:
         if question.tables(result):
             anchor = report.name_of(question).replace("_", "-")
             link = f"[{question.COST}](benchmarks/README.md#{anchor})"
-            lines.append(f"| {link} | {question.headline(result)} |")
+            date = result["environment"]["date"][:10]
+            lines.append(f"| {link} | {question.headline(result)} ({date}) |")
     return "\n".join(lines)
 
 

@@ -5,7 +5,6 @@ benchmarks/questions/__init__.py says what a question is.
 
 import dataclasses
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +77,21 @@ def ask(question: Any, settings: Any, quick: bool, results: Path) -> None:
     if hasattr(question, "prepare"):
         question.prepare()
     compile_something()
+    results.mkdir(parents=True, exist_ok=True)
     head = {
         "question": name,
         "environment": environment(quick),
         "settings": dataclasses.asdict(settings),
     }
-    results.mkdir(parents=True, exist_ok=True)
-    for measured in results_in_sittings(question, settings, results):
-        result = {**head, **measured}
-        text = json.dumps(result, indent=1, allow_nan=False)
-        (results / f"{name}.json").write_text(text + "\n")
+    if hasattr(question, "measure_in_sittings"):
+        earlier = earlier_result(question, settings, results)
+        head["earlier_sittings"] = sittings_of(earlier)
+        for measured in question.measure_in_sittings(settings, earlier):
+            result = {**head, **measured}
+            write(question, result, results)
+    else:
+        result = {**head, **question.measure(settings)}
+        write(question, result, results)
     draw(question, results)
     for table in question.tables(result):
         say(f"\n{table.as_text()}")
@@ -95,18 +99,28 @@ def ask(question: Any, settings: Any, quick: bool, results: Path) -> None:
     say(f"\nwritten: {results / name}.json and .png\n")
 
 
-def results_in_sittings(
-    question: Any, settings: Any, results: Path
-) -> Iterable[dict[str, Any]]:
-    """Yields what was measured; a question that takes hours, after each part."""
-    if not hasattr(question, "measure_in_sittings"):
-        return [question.measure(settings)]
-    earlier: dict[str, Any] = {}
-    if (results / f"{name_of(question)}.json").exists():
-        earlier = read(question, results)
-        if earlier["settings"] != json.loads(json.dumps(dataclasses.asdict(settings))):
-            earlier = {}
-    return question.measure_in_sittings(settings, earlier)
+def earlier_result(question: Any, settings: Any, results: Path) -> dict[str, Any]:
+    """Returns what was measured before with the same settings, or `{}`."""
+    if not (results / f"{name_of(question)}.json").exists():
+        return {}
+    earlier = read(question, results)
+    same = earlier["settings"] == json.loads(json.dumps(dataclasses.asdict(settings)))
+    return earlier if same else {}
+
+
+def sittings_of(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the environments of all sittings in which a result was measured."""
+    if not result:
+        return []
+    return [*result.get("earlier_sittings", []), result["environment"]]
+
+
+def write(question: Any, result: dict[str, Any], results: Path) -> None:
+    """Writes a result as JSON, or nothing if it is stopped in between."""
+    path = results / f"{name_of(question)}.json"
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    new.replace(path)
 
 
 def read(question: Any, results: Path) -> dict[str, Any]:

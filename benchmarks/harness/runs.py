@@ -14,11 +14,13 @@ def error_of(row: dict[str, Any]) -> float:
 
 
 def quantile(errors: list[float], share: float) -> float:
-    """Returns an error that was measured: the upper of the two in the middle.
+    """Returns an error that was measured: of two, the one farther from the best.
 
-    So the median is infinite if half of the runs diverged.
+    So the median is infinite if half of the runs diverged. Only of the lower quartile
+    it is the one nearer to the best, so that the quartiles never hide the spread.
     """
-    return float(np.quantile(errors, share, method="higher"))
+    method = "lower" if share < 0.5 else "higher"
+    return float(np.quantile(errors, share, method=method))
 
 
 @dataclass(frozen=True)

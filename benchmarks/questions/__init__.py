@@ -17,6 +17,8 @@ A question that takes hours has, in place of `measure`,
 a generator of what `measure` returns, after each part of it. It leaves out what stands
 in `earlier`, the result of the last sitting with the same settings, or `{}`.
 
+The file then names the environment of each sitting (`earlier_sittings`).
+
 If it is one of the costs in the main README, it has `COST`, its title there. A function
 `prepare` is called before TensorFlow starts its devices.
 

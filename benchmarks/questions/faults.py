@@ -111,7 +111,8 @@ def kill(
             return rows
         moments = draw_moments(kind, count, rng, expected)
         for row in kill_one(kind, moments, rng, folder / f"{run}", expected):
-            if row.pop("hit"):
+            # One that came too late says nothing, unless it did harm.
+            if row.pop("hit") or not row["survived"]:
                 rows.append(row)
                 progress.step(kind.title)
     raise CheckError(f"{kind.title}: only {len(rows)} of {kills} kills hit")

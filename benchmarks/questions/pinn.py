@@ -237,8 +237,8 @@ def run_all(missing: list[Cell], seconds: int) -> Iterator[dict[str, Any]]:
 
         def run(number: int, cell: Cell) -> None:
             log = Path(folder) / f"{number}.log"
-            process = processes.Process(run_cell, (cell,), log, limit=seconds)
             try:
+                process = processes.Process(run_cell, (cell,), log, limit=seconds)
                 for row in processes.all_reports(process):
                     found.put(row)
             except Exception as error:  # noqa: BLE001 (raised below)
@@ -246,13 +246,16 @@ def run_all(missing: list[Cell], seconds: int) -> Iterator[dict[str, Any]]:
 
         for number, cell in enumerate(missing):
             pool.submit(run, number, cell)
-        for _ in range(total):
-            row = found.get()
-            if isinstance(row, Exception):
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise row
-            progress.step(f"{row['problem']}: {row['contender']}")
-            yield row
+        try:
+            for _ in range(total):
+                row = found.get()
+                if isinstance(row, Exception):
+                    raise row
+                progress.step(f"{row['problem']}: {row['contender']}")
+                yield row
+        finally:
+            # If this is stopped, those that have not begun do not begin.
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 # --- what is shown -------------------------------------------------------------
@@ -316,11 +319,13 @@ def table_of_best(result: dict[str, Any], problems: list[str]) -> report.Table:
             else "-"
             for name in best
         ]
-        plain, _, sequence, _ = best
+        plain, _, sequence, rival = best
         share, goals = "-", "-"
         if plain and sequence:
             share = f"{groups[sequence].median / groups[plain].median:.2g}"
             goals = ", ".join(missed(groups, plain, sequence)) or "met"
+            if not rival:
+                goals += "; no other software was run"
         rows.append((problem, *cells, share, goals))
     caption = (
         "The contender with the lowest median error of each kind, its median, and how "
@@ -328,11 +333,19 @@ def table_of_best(result: dict[str, Any], problems: list[str]) -> report.Table:
         f"the sequence is at most {GOAL} times that of the plain optimizer, and at "
         "most that of any other software, and no more of its runs fail than of any "
         "other contender's. The best was chosen on the seeds that are shown, which "
-        f"flatters the {len(SEQUENCES)} sequences a little.{unfinished(result)}"
+        f"flatters the {len(SEQUENCES)} sequences a little. Of an even number of runs "
+        "the median is the worse of the two in the middle, and sequence / plain is a "
+        f"ratio of medians.{left_out_of(result)}{unfinished(result)}"
     )
     kinds = ("plain Adam", "quasi-Newton alone", "sequence", "other software")
     header = ("problem", *kinds, "sequence / plain", "goals")
     return report.Table(caption, header, rows)
+
+
+def left_out_of(result: dict[str, Any]) -> str:
+    """Says which rivals were left out, if any were."""
+    said = [f"{row['rival']} ({row['reason']})" for row in result["left_out"]]
+    return f" Left out: {', '.join(said)}." if said else ""
 
 
 def unfinished(result: dict[str, Any]) -> str:
@@ -393,9 +406,12 @@ def table_of_problem(result: dict[str, Any], problem: str) -> report.Table:
         f"{problem}: relative L2 error on a grid of 100 x 100 points, in float64, "
         f"after {settings['steps']} gradients of a network with {settings['depth']} "
         f"hidden layers of {settings['width']} neurons. Loss, gradients and seconds "
-        "(without the first call; one thread, two runs side by side) are medians. "
-        "PyTorch and optax call TensorFlow for each gradient, so their seconds say "
-        "little. A rival may give up before it has used all gradients."
+        "are medians. Two runs went side by side; the seconds of ours are without the "
+        "first call, on one thread, and those of other software with all that it "
+        "imports, traces and compiles, and a call of TensorFlow through Python for "
+        "each gradient, so they say little. Other software may give up before it has "
+        "used all gradients, and is judged at the lowest loss that it saw; a search of "
+        "ours at its last accepted point, and Adam at its last."
     )
     return report.Table(caption, HEADER, rows, f"{problem}: all contenders")
 
@@ -405,17 +421,16 @@ def headline(result: dict[str, Any]) -> str:
     texts = []
     for problem in tested_problems(result):
         groups = groups_of(result, problem)
-        plain, sequence = best_of(groups, PLAIN), best_of(groups, SEQUENCES)
-        if plain and sequence:
-            texts.append(
-                f"{groups[plain].median:.1e} and {groups[sequence].median:.1e} on "
-                f"{problem}"
-            )
+        best = [best_of(groups, kind) for kind in (PLAIN, ALONE, SEQUENCES)]
+        if best[0] and best[2]:
+            said = [f"{groups[name].median:.1e}" if name else "-" for name in best]
+            texts.append(f"{', '.join(said)} ({problem})")
     if not texts:
         return "Nothing has been compared yet."
     return (
-        "With as many gradients, the median errors of the best plain Adam and of the "
-        f"best sequence are {', '.join(texts)}."
+        "With as many gradients, the median errors of the best plain Adam, the best "
+        "quasi-Newton method alone and the best sequence are "
+        f"{'; '.join(texts)}.{unfinished(result).replace('**', '')}"
     )
 
 
@@ -432,8 +447,9 @@ def draw(result: dict[str, Any]) -> Figure:
         curves = np.array([row["curve"] for row in group.rows], dtype=float)
         curves[np.isnan(curves)] = np.inf
         steps = EPOCH * np.arange(1, curves.shape[1] + 1)
-        low, median, high = np.quantile(
-            curves, [0.25, 0.5, 0.75], axis=0, method="higher"
+        low, median, high = (
+            [quantile(errors, share) for errors in curves.T]
+            for share in (0.25, 0.5, 0.75)
         )
         axes.plot(steps, median, color=color, label=contender.name)
         axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)

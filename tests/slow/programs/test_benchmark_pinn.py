@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from benchmarks.harness import report
+from benchmarks.harness import readme, report
 from benchmarks.harness.runs import Group
 from benchmarks.questions import pinn
 from benchmarks.workloads.pinn import PROBLEMS, Burgers, Oscillator, draw_points
@@ -157,22 +157,28 @@ def names_of(result):
 
 
 def test_sitting_with_other_settings_begins_anew(result, tmp_path):
+    assert report.earlier_result(pinn, TINY, tmp_path) == {}
     (tmp_path / "pinn.json").write_text(json.dumps(result))
-    seen = []
+    others = dataclasses.replace(TINY, steps=800)
+    assert report.earlier_result(pinn, TINY, tmp_path)["runs"] == result["runs"]
+    assert report.earlier_result(pinn, others, tmp_path) == {}
 
-    class Question:
-        __name__ = "benchmarks.questions.pinn"
 
-        def measure_in_sittings(self, settings, earlier):
-            seen.append(earlier)
-            return []
-
-    report.results_in_sittings(Question(), TINY, tmp_path)
-    report.results_in_sittings(
-        Question(), dataclasses.replace(TINY, steps=800), tmp_path
-    )
-    assert seen[0]["runs"] == result["runs"]
-    assert seen[1] == {}
+# All runs seemed to be of the day of the last.
+def test_origin_names_each_sitting(result):
+    first = dict(result["environment"], commit="1234567890", cpu="one CPU")
+    later = dict(result["environment"], commit="abcdefghij", cpu="another CPU")
+    sittings = report.sittings_of({"environment": first})
+    sittings = report.sittings_of({"earlier_sittings": sittings, "environment": later})
+    assert sittings == [first, later]
+    text = readme.origin(sittings)
+    for part in (
+        "at commit 1234567, ",
+        "at commit abcdefg: ",
+        "one CPU",
+        "another CPU",
+    ):
+        assert text.count(part) == 1
 
 
 def test_tables_headline_and_picture(result):
@@ -180,7 +186,7 @@ def test_tables_headline_and_picture(result):
     for table in (best, every):
         assert {len(row) for row in table.rows} == {len(table.header)}
     assert [row[0] for row in every.rows][:2] == ["Adam", "Adam, cosine decay"]
-    assert "on convection 10." in pinn.headline(result)
+    assert pinn.headline(result).endswith("(convection 10).")
     (axes,) = pinn.draw(result).axes
     assert len(axes.lines) == 2
 
@@ -216,6 +222,12 @@ def test_diverged_run_is_a_failure(result):
     group = Group(rows[:3])
     assert group.failed == "3 of 3"
     assert group.median == np.inf
+
+
+# The lower quartile of three runs was their median.
+def test_quartiles_do_not_hide_the_spread():
+    group = Group([{"error": error} for error in (1e-3, 1e-2, 1e-1)])
+    assert group.text == "1.0e-02 (1.0e-03 to 1.0e-01)"
 
 
 # The table showed the lower of two middle runs, while their mean chose the best.

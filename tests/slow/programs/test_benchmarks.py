@@ -527,9 +527,10 @@ def test_full_run_writes_its_part_of_the_readme(
     assert (tmp_path / "memory.json").exists()
     said = memory.headline(results["memory"])
     assert f"**{said}**" in written
+    date = report.read(memory, tmp_path)["environment"]["date"][:10]
     lines = (tmp_path / "main.md").read_text().splitlines()
     assert [line for line in lines if line.startswith("| [")] == [
-        f"| [Memory](benchmarks/README.md#memory) | {said} |"
+        f"| [Memory](benchmarks/README.md#memory) | {said} ({date}) |"
     ]
 
 
