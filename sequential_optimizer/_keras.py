@@ -89,6 +89,14 @@ def set_to_averages(optimizer: Any, variables: Iterable[Any]) -> None:
             optimizer.assign(variable, average)
 
 
+def restart_averages(optimizer: Any) -> None:
+    """Sets the averages to the weights."""
+    averages = optimizer._model_variables_moving_average
+    for variable, average in zip(trained_variables(optimizer), averages, strict=True):
+        if average is not None:
+            optimizer.assign(average, variable)
+
+
 # --- variables ---------------------------------------------------------------
 
 

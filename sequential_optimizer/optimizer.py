@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from sequential_optimizer import _children, _gradients, _keras, _replicas
 from sequential_optimizer._phases import Phases
-from sequential_optimizer._saving import STATE, Commit, SavedState
+from sequential_optimizer._saving import STATE, Commit, SavedState, is_sequence
 from sequential_optimizer._switch_case import switch_case
 from sequential_optimizer._weight_copies import are_initialized, find_copies, retake
 
@@ -157,6 +157,9 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         # one is saved with the Python state.
         object.__setattr__(self, "_phase_starts", starts)
         self._saved_state = SavedState(self)
+        # Of sequences in a sequence, only the outermost saves notes.
+        for child in filter(is_sequence, children):
+            object.__setattr__(child, "_self_parent", self)
         self._commit = Commit(self._saved_state)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -217,7 +220,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         file, and drops those that only the file has; so a callback should create its
         notes in `set_model`.
         """
-        return self._saved_state.notes
+        parent = getattr(self, "_self_parent", None)
+        return parent.notes if parent else self._saved_state.notes
 
     def active_child(self) -> keras.optimizers.Optimizer:
         """Returns the child of the current phase, outside graphs.
@@ -268,8 +272,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     def learning_rate(self) -> Any:
         """The learning rate of the current phase's child.
 
-        A variable or a scalar float tensor; in a graph, NaN for a child that has
-        several rates (`MultiOptimizer`). Set it with `=`, because a tensor has no
+        A variable or a scalar float tensor; NaN for a child that has several rates
+        (`MultiOptimizer`). Set it with `=`, because a tensor has no
         `assign`; this sets the active child's. In a graph the value must be a number;
         outside graphs it may be anything that the child accepts. If a child was created
         with a `LearningRateSchedule`, setting a number raises `TypeError`: outside
@@ -277,7 +281,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         are traced.
         """
         if tf.executing_eagerly():
-            return self.active_child().learning_rate
+            return getattr(self.active_child(), "learning_rate", np.nan)
 
         def rate_of(i: int) -> tf.Tensor:
             rate = getattr(self.children[i], "learning_rate", np.nan)
@@ -524,6 +528,10 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
 
         branches = [partial(finalize_with, i) for i in range(len(self.children) + 1)]
         switch_case(tf.cast(self._last_child, tf.int32), branches)
+
+    def restart_averages(self) -> None:
+        """Sets the moving averages to the weights, for when these have been set."""
+        _keras.restart_averages(self)
 
     # --- save ----------------------------------------------------------------
 

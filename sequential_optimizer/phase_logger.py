@@ -16,9 +16,10 @@ class PhaseLogger(keras.callbacks.Callback):
     """Puts the phase and the learning rate into the logs, and prints each switch.
 
     The logs of each epoch get `phase`, the phase of its last update; `learning_rate`,
-    that of the child that made this update, if it has one; and `iterations`, the number
-    of updates so far. So `History`, the progress bar, `CSVLogger` and `TensorBoard`
-    show them; put `PhaseLogger` before the last two in the list of callbacks.
+    that of the child that made this update, NaN if it has several; and `iterations`,
+    the number of updates so far. So `History`, the progress bar, `CSVLogger` and
+    `TensorBoard` show them; put `PhaseLogger` before the last two, and before a
+    `History` of your own, in the list of callbacks.
 
     Each switch is printed as a line such as `iteration 1200: adam -> sgd`: the first
     1200 updates are adam's. The line appears after the first update of the new phase
@@ -70,6 +71,11 @@ class PhaseLogger(keras.callbacks.Callback):
         self._sequence = find_sequence(self)
         self._look()
 
+    def on_train_begin(self, logs: Logs = None) -> None:
+        """Tells the history whose phases it holds."""
+        if history := getattr(self.model, "history", None):
+            history.sequence = self._sequence
+
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         """Notes where the run begins, after any callback has restored it."""
         self._look()
@@ -105,11 +111,11 @@ class PhaseLogger(keras.callbacks.Callback):
         phase = last_started(self._starts)
         if phase < 0:  # before the first update: the phase that it will run in
             phase = int(self._sequence.phase)
-        values: dict[str, float] = {"phase": phase, "iterations": self._iterations}
         child = child_of(self._sequence, phase)
-        if hasattr(child, "learning_rate"):  # a MultiOptimizer has several
-            rate = keras.ops.convert_to_numpy(child.learning_rate)
-            values["learning_rate"] = float(rate)
+        # A MultiOptimizer has several.
+        rate = getattr(child, "learning_rate", float("nan"))
+        rate = float(keras.ops.convert_to_numpy(rate))
+        values = {"phase": phase, "iterations": self._iterations, "learning_rate": rate}
         prefix = f"{self._sequence.name}_" if self.optimizer else ""
         return {prefix + key: value for key, value in values.items()}
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sequential_optimizer._find_sequence import child_of, sequences_of
+from sequential_optimizer._find_sequence import child_of
 from sequential_optimizer._phases import last_started
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ def plot_history(
     shows which.
 
     A switch inside an epoch is marked where it happened, if `history` is what `fit`
-    returned and its model has one sequence that has not been trained since. Otherwise,
-    as from a dict, only the phase of an epoch's last update is known, and the switch is
-    marked where that epoch begins.
+    returned and the optimizer has not been trained since. Otherwise, as from a dict,
+    only the phase of an epoch's last update is known, and the switch is marked where
+    that epoch begins.
 
     Args:
         history: what `Model.fit` returned, or its `history` dict, with the column
@@ -70,8 +70,7 @@ def plot_history(
         # Unless nothing else was asked for.
         metrics = [m for m in metrics if not m.startswith("val_")] or metrics
     _check_columns(columns, ["phase", *metrics, *["learning_rate"] * learning_rate])
-    found = sequences_of(getattr(history, "model", None))
-    sequence = found[0] if len(found) == 1 else None
+    sequence = getattr(history, "sequence", None)  # set by PhaseLogger
     phases = [int(phase) for phase in columns["phase"]]
     names = _names(names, sequence, max(phases) + 1)
     # Keras counts epochs from 0 in `History.epoch`, and from 1 on the screen.
@@ -98,15 +97,14 @@ def _check_columns(columns: Mapping[str, Any], needed: Sequence[str]) -> None:
         raise ValueError(
             "`history` must have a value for each epoch in every column to plot. "
             f"Received: the columns {sorted(columns)}, with {found} values of those to "
-            "plot. Train with `callbacks=[PhaseLogger()]`, compile the metrics, and "
-            "validate in each epoch, or leave the column out."
+            "plot. Train with `callbacks=[PhaseLogger(), ...]`, compile the metrics, "
+            "and validate in each epoch, or leave the column out."
         )
 
 
 def _names(names: Sequence[str] | None, sequence: Any, count: int) -> Sequence[str]:
     if names is None:
-        # Too few if the model has been compiled with another optimizer since.
-        if sequence is None or len(sequence.child_of_phase) < count:
+        if sequence is None:
             return [f"phase {k}" for k in range(count)]
         return [child_of(sequence, k).name for k in range(count)]
     if len(names) < count:
@@ -134,7 +132,7 @@ def _begins_of_phases(
         return by_epoch
     starts = sequence.phase_starts
     if phases != [last_started(np.where(starts < n, starts, -1)) for n in iterations]:
-        return by_epoch  # The optimizer has been trained, or replaced, since.
+        return by_epoch  # The optimizer has been trained since.
     # As if the first epoch had made as many updates as the second.
     updates = [max(2 * iterations[0] - iterations[1], 0), *iterations]
     # Phases that began before the first epoch all land on its edge: the last one wins.

@@ -13,7 +13,7 @@ from sequential_optimizer.phase_logger import Logs, print_line
 
 # Words in the names of metrics that say which way is better.
 _LOWER = "loss error crossentropy divergence perplexity mse rmse mae mape msle"
-_HIGHER = "acc accuracy auc precision recall f1 fbeta iou similarity r2"
+_HIGHER = "acc accuracy auc precision recall f1 fbeta iou r2"
 _BETTER = dict.fromkeys(_LOWER.split(), "min") | dict.fromkeys(_HIGHER.split(), "max")
 
 
@@ -76,8 +76,10 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         restore_best_weights: bool, whether to go back to the weights of a phase's
             best epoch when the callback ends the phase. They are those of the whole
             model, even if it has several optimizers, and a copy of them is saved with
-            the optimizer. Put callbacks that keep weights (`ModelCheckpoint`,
-            `EarlyStopping`) before this one, which sets others. Defaults to `False`.
+            the optimizer. A moving average of `use_ema` starts over from them. Put
+            callbacks that keep weights (`ModelCheckpoint`, `EarlyStopping`) before this
+            one, which sets others; of several such callbacks for one model, only the
+            last can restore. Defaults to `False`.
         verbose: 1 to print a line at each switch, 0 (the default) for silence.
         optimizer: the SequentialOptimizer whose phases the callback ends, or an
             optimizer that wraps it. Defaults to that of the model: the one in
@@ -200,6 +202,8 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         if self.restore_best_weights and np.isfinite(seen.best):
             notes = self._sequence.notes
             self.model.set_weights([notes[key] for key in self._weight_keys()])
+            if self._sequence.use_ema:
+                self._sequence.restart_averages()
         before = self._sequence.active_child().name
         self._sequence.advance()
         if self.verbose:

@@ -447,16 +447,19 @@ def test_dropped_phase_is_shown_as_the_one_that_continues():
 @pytest.mark.skipif(
     not hasattr(keras.optimizers, "MultiOptimizer"), reason="this Keras has none"
 )
-def test_child_with_several_learning_rates_shows_none():
+def test_child_with_several_learning_rates_shows_nan():
+    # Without a value for each epoch, the column could not be plotted, nor read from a
+    # CSV file. TensorBoard and ReduceLROnPlateau raised: they ask for the rate.
     several = keras.optimizers.MultiOptimizer(
         keras.optimizers.OptimizerMap(
             keras.optimizers.SGD(0.1), {"kernel": keras.optimizers.SGD(0.2)}
         )
     )
     optimizer = SequentialOptimizer([several, keras.optimizers.SGD(0.3)], [2])
-    history = fit(compiled_model(optimizer), 1, [PhaseLogger(verbose=0)]).history
-    assert history["phase"] == [0]
-    assert "learning_rate" not in history
+    callbacks = [keras.callbacks.ReduceLROnPlateau("loss"), PhaseLogger(verbose=0)]
+    history = fit(compiled_model(optimizer), 2, callbacks).history
+    assert history["phase"] == [0, 1]
+    np.testing.assert_allclose(history["learning_rate"], [np.nan, 0.3])
 
 
 # --- several optimizers ------------------------------------------------------

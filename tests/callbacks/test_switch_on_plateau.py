@@ -685,6 +685,25 @@ def test_each_phase_has_its_own_best_weights():
     assert_same([stage.weight.numpy()], [weights[3]])
 
 
+def test_average_starts_over_from_the_best_weights():
+    # What had diverged stayed in it, and became the weights when training ended.
+    optimizer = SequentialOptimizer(
+        [keras.optimizers.SGD(0.1), keras.optimizers.SGD(0.0, name="b")],
+        [None],
+        use_ema=True,
+    )
+    callback = SwitchOnPlateau("loss", patience=1, restore_best_weights=True)
+    stage = Stage(optimizer, [callback])
+    for value, gradient in ((1.0, 1.0), (2.0, np.nan), (2.0, 1.0)):
+        stage.begin_epoch()
+        stage.update(gradient)
+        if value == 1.0:
+            best = stage.weight.numpy()
+        stage.end_epoch(loss=value)
+    optimizer.finalize_variable_values([stage.weight])
+    assert_same([stage.weight.numpy()], [best])
+
+
 # --- killed and resumed ------------------------------------------------------
 
 EPOCHS = 7
@@ -882,6 +901,23 @@ def test_notes_survive_a_keras_file(noted):
     restored = _watched()
     restored.load_own_variables(store)
     assert_notes(restored, notes)
+
+
+def test_notes_on_a_sequence_in_a_sequence_are_saved():
+    # The outer one saved its own only.
+    def make():
+        inner = make_sgds((None,))
+        outer = SequentialOptimizer([inner, keras.optimizers.Adam()], [9])
+        outer.build([tf.Variable([0.5])])
+        inner.notes["note"] = np.zeros(2)
+        return inner, outer
+
+    (inner, outer), (inner_restored, outer_restored) = make(), make()
+    inner.notes["note"][:] = [1, 2]
+    store = {}
+    outer.save_own_variables(store)
+    outer_restored.load_own_variables(store)
+    assert_same([inner_restored.notes["note"]], [np.array([1.0, 2.0])])
 
 
 def test_notes_are_held_until_the_optimizer_is_built(noted):
