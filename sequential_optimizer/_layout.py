@@ -123,7 +123,9 @@ def keys_in_both(saved: Layout, now: Layout) -> set[str] | None:
         ValueError: if what was saved must not be loaded.
     """
     _check_rule(saved, now)
-    if not _is_same_order(saved, now):
+    # What a checkpoint restores before `build` is half of what the children need.
+    began = any(start >= 0 for _, start in saved["optimizers"][""]["phases"])
+    if not _is_same_order(saved, now) or (began and not saved["trained"]):
         return None
     if not _is_same_order(saved, now, strictly=True):
         warnings.warn(

@@ -416,8 +416,8 @@ class SavedState(tf.train.experimental.PythonState):
     def _fresh_values(self, store: Any) -> Arrays:
         """Returns the saved counters, and fresh values for everything else."""
         optimizer = self._optimizer
-        # The first variables of every sequence: iteration, min_phase and last_child.
-        values = {key: _read(store, key, ()).copy() for key in ("0", "1", "2")}
+        # The first variables of every sequence: the iteration and `min_phase`.
+        values = {key: _read(store, key, ()).copy() for key in ("0", "1")}
         # The call counter goes back to where its window of accumulation began.
         values["0"] -= values["0"] % (optimizer.gradient_accumulation_steps or 1)
         for variable, before, loaded in reversed(self._early):

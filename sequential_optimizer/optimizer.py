@@ -565,7 +565,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
             return cls(**config)  # A subclass with its own arguments and config.
         optimizers = _children.from_config(config, custom_objects)
         ours = {"optimizers", "child_of_phase"}
-        return cls(optimizers, **{key: config[key] for key in config.keys() - ours})
+        others = {key: config[key] for key in config.keys() - ours}
+        return cls(optimizers=optimizers, **others)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Sets the values of `variables`, those of the children included.

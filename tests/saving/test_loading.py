@@ -432,6 +432,33 @@ def test_model_that_was_frozen_after_the_training_loads(tmp_path, change, kwargs
     assert_same(weights_of(bare.weights), weights_of(model.weights))
 
 
+def test_nothing_is_finalized_before_the_first_update_afresh(tmp_path):
+    # The average of the child that had made the last update is zero then, and became
+    # the weights.
+    children = [optimizers.Adam(0.01), optimizers.SGD(0.02, use_ema=True)]
+    model = two_layers(SequentialOptimizer(children, [BOUNDARY]))
+    train(model, 0, CALLS)
+    _freeze(model).save(tmp_path / "model.keras")
+    with pytest.warns(UserWarning, match="every child starts afresh"):
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+    before = loaded.get_weights()
+    loaded.optimizer.finalize_variable_values(loaded.trainable_variables)
+    assert_same(loaded.get_weights(), before)
+
+
+def test_keras_file_of_a_checkpoint_that_was_restored_before_build(tmp_path):
+    # The file has what was there before `build`: the count of Adam's updates was loaded
+    # without its moments.
+    path = tf.train.Checkpoint(model=trained()).write(str(tmp_path / "checkpoint"))
+    restored = make_model(adam_sgd())
+    tf.train.Checkpoint(model=restored).read(path)
+    restored.save(tmp_path / "model.keras")
+    with pytest.warns(UserWarning, match="every child starts afresh"):
+        loaded = keras.saving.load_model(tmp_path / "model.keras").optimizer
+    assert int(loaded.iterations) == CALLS
+    assert [int(child.iterations) for child in loaded.children] == [0, 0]
+
+
 @needs_schedule_free
 def test_plain_checkpoint_before_build_loses_copies_of_weights(tmp_path):
     # If this fails, Keras keeps them now: take the sentence out of the README.

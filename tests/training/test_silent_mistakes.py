@@ -289,6 +289,27 @@ def test_subclass_with_its_own_config_is_loaded(tmp_path):
     assert_same(loaded.optimizer.variables, model.optimizer.variables)
 
 
+class Tagged(SequentialOptimizer):
+    def __init__(self, tag, optimizers, boundaries, **kwargs):
+        super().__init__(optimizers, boundaries, **kwargs)
+        self.tag = tag
+
+    def get_config(self):
+        return {**super().get_config(), "tag": self.tag}
+
+
+# The children were passed by position, in the place of the new argument.
+def test_subclass_may_put_an_argument_first():
+    optimizer = Tagged("a", [optimizers.Adam(), optimizers.SGD()], [3])
+    again = Tagged.from_config(optimizer.get_config())
+    assert again.tag == "a"
+    assert again.boundaries == optimizer.boundaries
+    assert [type(child) for child in again.children] == [
+        optimizers.Adam,
+        optimizers.SGD,
+    ]
+
+
 # --- compile-time constants --------------------------------------------------
 
 
