@@ -261,6 +261,8 @@ class QuasiNewton(keras.optimizers.Optimizer):
             for gradient, variable in zip(grads, trainable_variables, strict=True):
                 check_shape(gradient, variable)
             check_distinct(trainable_variables)
+            # Not in the context below, or TensorFlow cannot lift it out of a graph.
+            self.build(trainable_variables)
         # The step that hits the end of a dataset of unknown size has no gradients, and
         # must not count: it would shift the windows of accumulation.
         with _gradients.computed_first(grads):

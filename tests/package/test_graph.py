@@ -182,6 +182,7 @@ def test_nothing_is_public_by_accident():
         "notes",
         "phase",
         "phase_starts",
+        "restart_averages",
     }
     # Keras' callbacks take an optimizer that has it for a MultiOptimizer.
     assert not hasattr(SequentialOptimizer(["adam"], []), "optimizers")
