@@ -47,9 +47,9 @@ from sequential_optimizer._vectors import (
     check_variable,
     flat,
     flat_gradient,
+    rounding_of,
     set_flat,
     where_given,
-    where_rounded,
 )
 
 _MAX_REJECTIONS = 10
@@ -109,7 +109,7 @@ class _Verdict(NamedTuple):
     """What to do with a trial point: one of these, or else reject it."""
 
     accepts: tf.Tensor
-    stays: tf.Tensor  # no finite gradient, and no point to go back to
+    stays: tf.Tensor  # no finite gradient, and none to compare with
     resets: tf.Tensor  # no finite gradient for too long
 
 
@@ -306,7 +306,8 @@ class QuasiNewton(keras.optimizers.Optimizer):
         trial, is_there = _trial(search, variables)
         # If a layer was frozen or unfrozen, the gradients cannot be compared.
         given = zlib.crc32(bytes(gradient is not None for gradient in grads))
-        is_trial = is_there & (search.step > 0) & (search.given == given)
+        is_at_trial = is_there & (search.step > 0)
+        is_trial = is_at_trial & (search.given == given)
         verdict = _judge(search, found, is_trial)
 
         step, change = search.step * search.direction, found - search.gradient
@@ -340,14 +341,12 @@ class QuasiNewton(keras.optimizers.Optimizer):
         rejected = tf.where(rejects, tf.maximum(search.rejected, 0) + 1, -starts)
         pairs = tf.where(is_usable | is_converged | ~turns, pair.count, 0)
         # Without a finite gradient, better where there was one than at a trial point.
-        goes_back = verdict.stays & is_there & (search.step > 0)
+        moves = verdict.accepts | (verdict.stays & ~is_at_trial)
         # Always true. It tells XLA that nothing reads the old gradient after this, so
         # that the branches of a switch that leave it alone need no copy of it.
         is_last = pairs >= 0
         after = _Search(
-            point=tf.where(
-                verdict.accepts | (verdict.stays & ~goes_back), trial, search.point
-            ),
+            point=tf.where(moves, trial, search.point),
             gradient=tf.where(verdict.accepts & is_last, found, search.gradient),
             direction=direction,
             step=tf.where(verdict.stays | is_converged, tf.zeros_like(step), step),
@@ -411,7 +410,7 @@ def _trial(
     size = tf.abs(trial)
     # A compiler may round `trial` once more or less than when it was assigned.
     rounding = 4 * EPSILON[search.point.dtype.name] * (size + tf.abs(step))
-    rounding += where_rounded(size, variables)
+    rounding += rounding_of(size, variables)
     is_there = tf.reduce_all(tf.abs(weights - trial) <= rounding)
     # `trial` is the same point before it was rounded to the type of the weights.
     return tf.where(is_there, trial, weights), is_there

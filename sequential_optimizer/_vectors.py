@@ -94,24 +94,23 @@ def where_given(grads: Iterable[Any], variables: Iterable[tf.Variable]) -> tf.Te
     return tf.concat(parts, axis=0)
 
 
-def where_rounded(size: tf.Tensor, variables: Iterable[tf.Variable]) -> tf.Tensor:
-    """Returns what rounding to the type of its variable may change in each weight.
+def rounding_of(size: tf.Tensor, variables: Iterable[tf.Variable]) -> tf.Tensor:
+    """Returns by how much the type of its variable may round each weight.
 
     Args:
         size: vector, the absolute values of the weights.
         variables: list of the variables.
     """
+
+    def of(dtype: str, size: tf.Tensor) -> tf.Tensor:
+        # Below its smallest normal number, float16 is no more precise than there.
+        return EPSILON[dtype] * (size + (2**-14 if dtype == "float16" else 0))
+
     dtypes = [variable.dtype.name for variable in variables]
-    # Below its smallest normal number, float16 is no more precise than there.
-    smallest = {"float16": 2**-14}
-    if len(set(dtypes)) == 1:
-        return EPSILON[dtypes[0]] * (size + smallest.get(dtypes[0], 0))
+    if len(set(dtypes)) == 1:  # without taking the vector apart
+        return of(dtypes[0], size)
     sizes = [variable.shape.num_elements() for variable in variables]
-    parts = [
-        EPSILON[dtype] * (part + smallest.get(dtype, 0))
-        for dtype, part in zip(dtypes, tf.split(size, sizes), strict=True)
-    ]
-    return tf.concat(parts, axis=0)
+    return tf.concat(list(map(of, dtypes, tf.split(size, sizes))), axis=0)
 
 
 def set_flat(variables: Sequence[tf.Variable], values: tf.Tensor) -> None:
