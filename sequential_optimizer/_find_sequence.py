@@ -15,7 +15,7 @@ def find_sequence(callback: Any) -> Any:
         ValueError: if there is none, or more than one.
     """
     name, model, optimizer = type(callback).__name__, callback.model, callback.optimizer
-    found = sequences_of(model) if optimizer is None else _sequences_in(optimizer)
+    found = _sequences_of(model) if optimizer is None else _sequences_in(optimizer)
     if len(found) != 1:
         raise ValueError(
             f"`{name}` needs one `SequentialOptimizer` to follow. Received: "
@@ -25,7 +25,7 @@ def find_sequence(callback: Any) -> Any:
     return found[0]
 
 
-def sequences_of(model: Any) -> list[SequentialOptimizer]:
+def _sequences_of(model: Any) -> list[SequentialOptimizer]:
     """Returns the sequences in `model.optimizer`, or else in the model's attributes."""
     # A model that overrides `compile` has Keras' default optimizer, or none.
     found = _sequences_in(getattr(model, "optimizer", None))

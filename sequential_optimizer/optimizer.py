@@ -273,12 +273,12 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         """The learning rate of the current phase's child.
 
         A variable or a scalar float tensor; NaN for a child that has several rates
-        (`MultiOptimizer`). Set it with `=`, because a tensor has no
-        `assign`; this sets the active child's. In a graph the value must be a number;
-        outside graphs it may be anything that the child accepts. If a child was created
-        with a `LearningRateSchedule`, setting a number raises `TypeError`: outside
-        graphs while that child is active, and in a graph always, because all children
-        are traced.
+        (`MultiOptimizer`). Set it with `=`, because a tensor has no `assign`; this sets
+        the active child's. In a graph the value must be a number; outside graphs it may
+        be anything that the child accepts. If a child was created with a
+        `LearningRateSchedule`, setting a number raises `TypeError`: outside graphs
+        while that child is active, and in a graph always, because all children are
+        traced.
         """
         if tf.executing_eagerly():
             return getattr(self.active_child(), "learning_rate", np.nan)
@@ -530,8 +530,9 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         switch_case(tf.cast(self._last_child, tf.int32), branches)
 
     def restart_averages(self) -> None:
-        """Sets the moving averages to the weights, for when these have been set."""
-        _keras.restart_averages(self)
+        """Sets the averages of `use_ema` to the weights, for when these were set."""
+        if self.use_ema:
+            _keras.restart_averages(self)
 
     # --- save ----------------------------------------------------------------
 

@@ -101,11 +101,12 @@ class PhaseLogger(keras.callbacks.Callback):
     def _print_switches(self) -> None:
         starts, iterations = self._starts, self._iterations
         self._look()
+        if not self.verbose:
+            return
         of = f" of {self._sequence.name}" if self.optimizer else ""
         for iteration, *pair in switches_between(starts, self._starts, iterations):
             before, after = (child_of(self._sequence, phase).name for phase in pair)
-            if self.verbose:
-                print_line(self, f"iteration {iteration}{of}: {before} -> {after}")
+            print_line(self, f"iteration {iteration}{of}: {before} -> {after}")
 
     def _values(self) -> dict[str, float]:
         phase = last_started(self._starts)

@@ -202,8 +202,7 @@ class SwitchOnPlateau(keras.callbacks.Callback):
         if self.restore_best_weights and np.isfinite(seen.best):
             notes = self._sequence.notes
             self.model.set_weights([notes[key] for key in self._weight_keys()])
-            if self._sequence.use_ema:
-                self._sequence.restart_averages()
+            self._sequence.restart_averages()
         before = self._sequence.active_child().name
         self._sequence.advance()
         if self.verbose:
