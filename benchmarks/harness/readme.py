@@ -11,26 +11,32 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 MAIN_README = README.parent.parent / "README.md"
 
 
-def origin(sittings: Iterable[dict[str, Any]]) -> str:
+def origin(sittings: list[dict[str, Any]]) -> str:
     """Returns when, where and with what something was measured, as one sentence.
 
     Args:
         sittings: the environment of each sitting.
     """
-    when, where = {}, {}
-    for environment in sittings:
-        commit = (environment["commit"] or "unknown")[:7]
-        changed = environment["uncommitted_changes"]
-        changes = " with uncommitted changes" if changed else ""
-        when[f"{environment['date'][:10]} at commit {commit}{changes}"] = True
-        place = (
-            f"TensorFlow {environment['tensorflow']}, Keras {environment['keras']}, "
-            f"Python {environment['python']}, {environment['cpu']}, "
-            f"{environment['cores']} cores"
-            f"{', --quick' if environment['quick'] else ''}"
-        )
-        where[place] = True
+    when = dict.fromkeys(map(moment_of, sittings))
+    where = dict.fromkeys(map(place_of, sittings))
     return f"Measured {', '.join(when)}: {'; '.join(where)}."
+
+
+def moment_of(environment: dict[str, Any]) -> str:
+    """Returns the date and the commit."""
+    commit = (environment["commit"] or "unknown")[:7]
+    changes = " with uncommitted changes" if environment["uncommitted_changes"] else ""
+    return f"{environment['date'][:10]} at commit {commit}{changes}"
+
+
+def place_of(environment: dict[str, Any]) -> str:
+    """Returns the software and the machine."""
+    return (
+        f"TensorFlow {environment['tensorflow']}, Keras {environment['keras']}, "
+        f"Python {environment['python']}, {environment['cpu']}, "
+        f"{environment['cores']} cores"
+        f"{', --quick' if environment['quick'] else ''}"
+    )
 
 
 def part(question: Any, results: Path) -> str:

@@ -359,7 +359,7 @@ def unfinished(result: dict[str, Any]) -> str:
     cells = cells_for_testing(settings, result["runs"])
     missing = without(cells, result["runs"], result["left_out"])
     count = sum(len(cell.seeds) for cell in missing)
-    return f" **Not finished: {count} runs are still missing.**" if count else ""
+    return f" Not finished: {count} runs are still missing." if count else ""
 
 
 def missed(groups: dict[str, Group], plain: str, sequence: str) -> list[str]:
@@ -430,7 +430,7 @@ def headline(result: dict[str, Any]) -> str:
     return (
         "With as many gradients, the median errors of the best plain Adam, the best "
         "quasi-Newton method alone and the best sequence are "
-        f"{'; '.join(texts)}.{unfinished(result).replace('**', '')}"
+        f"{'; '.join(texts)}.{unfinished(result)}"
     )
 
 
