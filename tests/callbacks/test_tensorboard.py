@@ -22,10 +22,8 @@ def adam_then_sgd():
     return SequentialOptimizer(children, [BOUNDARY])
 
 
-OPTIMIZERS = {
-    "as it is": adam_then_sgd,
-    "loss scaling": lambda: keras.optimizers.LossScaleOptimizer(adam_then_sgd()),
-}
+def with_loss_scaling():
+    return keras.optimizers.LossScaleOptimizer(adam_then_sgd())
 
 
 def fit(optimizer, *callbacks):
@@ -61,10 +59,10 @@ def values_of(points):
 
 
 @pytest.fixture(
-    params=["as it is", pytest.param("loss scaling", marks=pytest.mark.slow)]
+    params=[adam_then_sgd, pytest.param(with_loss_scaling, marks=pytest.mark.slow)]
 )
 def optimizer(request):
-    return OPTIMIZERS[request.param]()
+    return request.param()
 
 
 def test_epochs_show_phase_and_learning_rate(optimizer, tmp_path):

@@ -10,6 +10,10 @@ needs_schedule_free = pytest.mark.skipif(
 )
 
 
+# Keras warns of it after the first epoch, in which it learns the size of a dataset.
+ran_out_of_data = pytest.mark.filterwarnings("ignore:Your input ran out of data")
+
+
 class Counting(keras.Sequential):
     """Counts the calls of `train_step`: outside of eager mode, its traces."""
 

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from sequential_optimizer import SequentialOptimizer
 from tests.helpers.errors import refuses
-from tests.helpers.models import adam_then_sgd, make_model
+from tests.helpers.models import adam_then_sgd, make_model, ran_out_of_data
 from tests.helpers.oracle import (
     assert_same,
     compiled,
@@ -522,10 +522,6 @@ def test_learning_rate_in_a_graph_beside_a_multi_optimizer():
 
 
 # --- datasets of unknown size ------------------------------------------------
-
-
-# Keras warns of it after the first epoch, in which it learns the size.
-ran_out_of_data = pytest.mark.filterwarnings("ignore:Your input ran out of data")
 
 
 def batches_of_unknown_number():

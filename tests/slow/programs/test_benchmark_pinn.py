@@ -166,8 +166,9 @@ def test_sitting_with_other_settings_begins_anew(result, tmp_path):
 
 # All runs seemed to be of the day of the last.
 def test_origin_names_each_sitting(result):
-    first = dict(result["environment"], commit="1234567890", cpu="one CPU")
-    later = dict(result["environment"], commit="abcdefghij", cpu="another CPU")
+    here = {**result["environment"], "uncommitted_changes": False}
+    first = {**here, "commit": "1234567890", "cpu": "one CPU"}
+    later = {**here, "commit": "abcdefghij", "cpu": "another CPU"}
     sittings = report.sittings_of({"environment": first})
     sittings = report.sittings_of({"earlier_sittings": sittings, "environment": later})
     assert sittings == [first, later]

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from sequential_optimizer import SequentialOptimizer
-from tests.helpers.models import Counting, adam_then_sgd
+from tests.helpers.models import Counting, adam_then_sgd, ran_out_of_data
 from tests.helpers.oracle import assert_same
 from tests.slow.strategies.conftest import NAME
 from tests.slow.strategies.loops import (
@@ -297,7 +297,7 @@ def test_fit_equals_two_fits_with_plain_optimizers(strategy, steps_per_execution
         assert calls == expected_calls
 
 
-@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@ran_out_of_data
 def test_counts_no_update_at_the_end_of_the_data(strategy):
     # As without a strategy: test_silent_mistakes.py.
     rows = tf.data.Dataset.from_tensor_slices((X, Y)).batch(ROWS)

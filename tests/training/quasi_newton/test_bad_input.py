@@ -7,13 +7,6 @@ import tensorflow as tf
 
 from sequential_optimizer import LBFGS, SSBroyden
 
-METHODS = {"LBFGS": LBFGS, "SSBroyden": SSBroyden}
-
-
-@pytest.fixture(params=METHODS)
-def make(request):
-    return METHODS[request.param]
-
 
 @pytest.mark.parametrize(
     ("name", "value"),

@@ -11,7 +11,7 @@ from sequential_optimizer import (
     SSBroyden,
     SwitchOnPlateau,
 )
-from tests.helpers.models import make_model
+from tests.helpers.models import make_model, ran_out_of_data
 from tests.helpers.oracle import assert_same, compiled, make_variables, weights_of
 
 METHODS = {"LBFGS": LBFGS, "SSBroyden": SSBroyden}
@@ -256,7 +256,7 @@ def test_child_sees_full_batches_after_stochastic_ones(make):
     assert_same(model.get_weights(), expected.get_weights(), ATOL)
 
 
-@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@ran_out_of_data
 def test_windows_keep_to_the_epochs_of_a_dataset_of_unknown_size(make):
     # In a graph, Keras counts the step that finds no more data: the windows of later
     # epochs ended in mid-epoch.

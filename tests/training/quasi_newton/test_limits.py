@@ -4,15 +4,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from sequential_optimizer import LBFGS, SSBroyden
-
-METHODS = {"LBFGS": LBFGS, "SSBroyden": SSBroyden}
-
-
-@pytest.fixture(params=METHODS)
-def make(request):
-    return METHODS[request.param]
-
 
 def minimize(optimizer, weight, loss, calls):
     """Calls the optimizer with the gradients of `loss`, a function of the weight."""
