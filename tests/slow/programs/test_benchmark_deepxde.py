@@ -31,6 +31,15 @@ def test_second_sitting_repeats_nothing(monkeypatch):
     assert result == {"reason": "", "runs": ROWS}
 
 
+# It was named among those that measured the table.
+def test_sitting_with_nothing_left_to_measure_is_not_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    earlier = {**RESULT, "environment": {"commit": "1234567"}}
+    report.write(deepxde, earlier, tmp_path)
+    report.ask(deepxde, deepxde.FULL, False, tmp_path)
+    assert report.read(deepxde, tmp_path) == earlier
+
+
 def test_table_and_headline_name_each_contender():
     (table,) = deepxde.tables(RESULT)
     assert [row[0] for row in table.rows] == list(deepxde.CONTENDERS)

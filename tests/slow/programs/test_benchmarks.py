@@ -254,6 +254,18 @@ def test_first_call_has_both_searches(results):
     assert first_call.table_of_searches(before) == []
 
 
+# The cases take half an hour, the searches five minutes.
+def test_first_call_measures_only_what_is_missing(results, monkeypatch):
+    whole = results["first_call"]
+    monkeypatch.setattr(first_call, "measure_cases", None)
+    monkeypatch.setattr(first_call, "measure_searches", lambda settings: ["measured"])
+    before = {"cases": whole["cases"], "noise": whole["noise"]}
+    (result,) = first_call.measure_in_sittings(first_call.QUICK, before)
+    assert result == {**before, "searches": ["measured"]}
+    (result,) = first_call.measure_in_sittings(first_call.QUICK, whole)
+    assert result["searches"] == whole["searches"]
+
+
 def test_first_call_without_an_optimizer_keeps_the_gradients():
     group = first_call.Group(small_task(), rounds=1)
     program, sgd = group.program(first_call.WITHOUT), group.program("sgd")
