@@ -80,21 +80,18 @@ def update_averages(optimizer: Any) -> None:
     optimizer._update_model_variables_moving_average(trained_variables(optimizer))
 
 
+def averages_of(optimizer: Any, variables: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """Returns those of the variables that have a moving average, each with it."""
+    averages = optimizer._model_variables_moving_average
+    trained = [v for v in variables if is_trained(optimizer, v)]
+    pairs = [(v, averages[optimizer._get_variable_index(v)]) for v in trained]
+    return [(v, average) for v, average in pairs if average is not None]
+
+
 def set_to_averages(optimizer: Any, variables: Iterable[Any]) -> None:
     """Sets those of the variables that have a moving average to it."""
-    averages = optimizer._model_variables_moving_average
-    for variable in (v for v in variables if is_trained(optimizer, v)):
-        average = averages[optimizer._get_variable_index(variable)]
-        if average is not None:
-            optimizer.assign(variable, average)
-
-
-def restart_averages(optimizer: Any) -> None:
-    """Sets the averages to the weights."""
-    averages = optimizer._model_variables_moving_average
-    for variable, average in zip(trained_variables(optimizer), averages, strict=True):
-        if average is not None:
-            optimizer.assign(average, variable)
+    for variable, average in averages_of(optimizer, variables):
+        optimizer.assign(variable, average)
 
 
 # --- variables ---------------------------------------------------------------

@@ -413,8 +413,8 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         _gradients.check_gradients(grads, variables)
         self.build(variables)
         _gradients.check_variables(variables, self)
-        # The counters wait for the gradients: the step that hits the end of a dataset
-        # of unknown size has none, and must not count.
+        # All that is written waits for the gradients: the step that hits the end of a
+        # dataset of unknown size has none, and must not count.
         with tf.name_scope(self.name), _gradients.computed_first(grads):
             if _replicas.has_several_workers():
                 self._agree_on_min_phase()
@@ -532,7 +532,9 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
     def restart_averages(self) -> None:
         """Sets the averages of `use_ema` to the weights, for when these were set."""
         if self.use_ema:
-            _keras.restart_averages(self)
+            trained = _keras.trained_variables(self)
+            for variable, average in _keras.averages_of(self, trained):
+                self.assign(average, variable)
 
     # --- save ----------------------------------------------------------------
 
@@ -565,8 +567,7 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         if cls is not SequentialOptimizer and "optimizers" not in config:
             return cls(**config)  # A subclass with its own arguments and config.
         optimizers = _children.from_config(config, custom_objects)
-        ours = {"optimizers", "child_of_phase"}
-        others = {key: config[key] for key in config.keys() - ours}
+        others = {k: config[k] for k in {*config} - {"optimizers", "child_of_phase"}}
         return cls(optimizers=optimizers, **others)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
@@ -605,12 +606,12 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
 
     def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> Any:
         children = super()._trackable_children(save_type, **kwargs)
-        state = children.pop(STATE)
         if save_type == "savedmodel":
-            del children["_commit"]
             # A graph needs each of its variables, and no Python state.
+            del children[STATE], children["_commit"]
             return {**children, "_phase_starts": self._phase_starts.value}
-        return {STATE: state, **children}  # first: see `SavedState.is_foreign`
+        # The state comes first: see `SavedState.is_foreign`.
+        return {STATE: children.pop(STATE), **children}
 
     def _lookup_dependency(self, name: str, cached_dependencies: Any = None) -> Any:
         # A restore calls this for each part that was saved.
