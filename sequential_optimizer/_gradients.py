@@ -38,10 +38,38 @@ def check_variables(variables: Sequence[Any], optimizer: Any) -> None:
 
 
 def computed_first(grads: Sequence[Any]) -> Any:
-    """Returns a context whose operations, in a graph, wait for the gradients."""
+    """Returns a context whose operations, in a graph, wait for the gradients.
+
+    Where one gradient tells that all of them will come, they wait for that one only:
+    the others are still computed while the first weights are updated.
+    """
     # Those of `tf.IndexedSlices`; any other gradient is one part.
     parts = [getattr(g, part, g) for g in grads for part in ("values", "indices")]
-    return tf.control_dependencies([p for p in parts if tf.is_symbolic_tensor(p)])
+    parts = [p for p in parts if tf.is_symbolic_tensor(p)]
+    # The backward pass begins at the last weights.
+    if _what_may_fail(parts[-1:]) == _what_may_fail(parts):
+        parts = parts[-1:]
+    return tf.control_dependencies(parts)
+
+
+def _what_may_fail(tensors: Sequence[tf.Tensor]) -> set[tf.Operation]:
+    """Returns the operations that tensors come from and that may have no result."""
+    found, new = set(), [tensor.op for tensor in tensors]
+    while new:
+        operation = new.pop()
+        if operation not in found:
+            found.add(operation)
+            new += [*operation.control_inputs, *(x.op for x in operation.inputs)]
+    return set(filter(_may_fail, found))
+
+
+def _may_fail(operation: tf.Operation) -> bool:
+    """Whether it reads data, or checks something. A variable can always be read."""
+    if operation.type == "Placeholder":  # an input of the graph
+        return operation.outputs[0].dtype != tf.resource
+    is_check = operation.type.startswith("CheckNumerics")
+    is_read = operation.type == "ReadVariableOp"
+    return is_check or (operation.op_def.is_stateful and not is_read)
 
 
 def divide(grads: Sequence[Any], divisor: float, variables: Sequence[Any]) -> list[Any]:

@@ -566,6 +566,60 @@ def test_counts_no_update_at_the_end_of_the_data(settings, jit_compile):
     assert_same(actual, fit_on_unknown_size(make(), jit_compile, size=3))
 
 
+# A step on a large MLP took a tenth longer while it waited for every gradient: no
+# weight was updated before the whole backward pass was over.
+def test_step_waits_for_one_gradient_if_it_tells_of_the_others():
+    model = make_model(1)
+    (*_, bias) = model.trainable_variables
+    optimizer = SequentialOptimizer(adam_then_sgd(), [3])
+    optimizer.build(model.trainable_variables)
+
+    @tf.function
+    def step(x):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(model(x) ** 2)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        for gradient, variable in zip(
+            gradients, model.trainable_variables, strict=True
+        ):
+            waited_for[variable.path] = gradient.op
+        optimizer.apply(gradients, model.trainable_variables)
+
+    waited_for = {}
+    graph = step.get_concrete_function(tf.TensorSpec([2, 3])).graph
+    waiting = {op for gate in graph.get_operations() for op in gate.control_inputs}
+    assert waited_for.pop(bias.path) in waiting
+    assert not waiting & set(waited_for.values())
+
+
+# A gradient without data, or one that a check stops, says nothing of the others.
+@pytest.mark.parametrize("checked", [False, True])
+def test_step_without_all_gradients_is_not_counted(checked):
+    weights = [tf.Variable(1.0), tf.Variable(1.0)]
+    optimizer = SequentialOptimizer(adam_then_sgd(), [3])
+    optimizer.build(weights)
+    iterator = iter(tf.data.Dataset.from_tensors(float("nan" if checked else 1)))
+
+    @tf.function
+    def step():
+        x = next(iterator)
+        with tf.GradientTape() as tape:
+            loss = weights[0] * x + weights[1] ** 2 + (0.0 * x if checked else 0.0)
+        gradients = tape.gradient(loss, weights)
+        if checked:
+            gradients[0] = tf.debugging.check_numerics(gradients[0], "gradient")
+        optimizer.apply(gradients, weights)
+
+    if not checked:
+        step()
+    error = tf.errors.InvalidArgumentError if checked else tf.errors.OutOfRangeError
+    with pytest.raises(error):
+        step()
+    updates = 0 if checked else 1
+    assert int(optimizer.iterations) == updates
+    assert int(optimizer.children[0].iterations) == updates
+
+
 @ran_out_of_data
 def test_plain_adam_still_counts_one_update_too_many():
     # If this fails, Keras counts as we do, and the README need not mention it.
