@@ -38,9 +38,11 @@ Pairs = list[tuple[Any, Any]]  # a copy and its weight
 def are_initialized(variables: Iterable[Any]) -> bool:
     """Returns, outside graphs, whether the variables have values yet.
 
-    Under a strategy they do: it initializes variables when it creates them.
+    Under a strategy for several devices they do: it initializes what it creates.
     """
-    if tf.distribute.has_strategy():
+    strategy = tf.distribute.get_strategy()
+    is_one = isinstance(strategy, tf.distribute.OneDeviceStrategy)
+    if tf.distribute.has_strategy() and not is_one:
         return True
     return all(bool(_keras.native(v).is_initialized()) for v in variables)
 
@@ -136,8 +138,8 @@ def _examine(optimizer: Any) -> tuple[Pairs, list[str], str]:
 def _is_constant(slot: Any) -> bool:
     if not are_initialized([slot]):
         return len(slot.shape) == 0
-    value = slot.numpy()
-    return bool(np.all(value == value.flat[:1]))
+    value = slot.numpy().ravel()
+    return bool(np.all(value == value[:1]))
 
 
 def _probe_like(weight: Any) -> Any:

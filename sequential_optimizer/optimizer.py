@@ -276,9 +276,9 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
         (`MultiOptimizer`). Set it with `=`, because a tensor has no `assign`; this sets
         the active child's. In a graph the value must be a number; outside graphs it may
         be anything that the child accepts. If a child was created with a
-        `LearningRateSchedule`, setting a number raises `TypeError`: outside graphs
-        while that child is active, and in a graph always, because all children are
-        traced.
+        `LearningRateSchedule`, setting a number raises `TypeError`, and if it is a
+        `MultiOptimizer`, `AttributeError`: outside graphs while that child is active,
+        and in a graph always, because all children are traced.
         """
         if tf.executing_eagerly():
             return getattr(self.active_child(), "learning_rate", np.nan)
@@ -362,12 +362,20 @@ class SequentialOptimizer(keras.optimizers.Optimizer):
                 if not child.built:
                     child.build(list(variables))
         with tf.init_scope():
-            copies = [find_copies(c, i > 0) for i, c in enumerate(self.children)]
+            late, children = self._starts_later(), enumerate(self.children)
+            copies = [find_copies(c, late or i > 0) for i, c in children]
             # Not tracked, nor saved, for which `held_by` passes over `_self_`: they are
             # variables of the children.
             object.__setattr__(self, "_self_weight_copies", copies)
             super().build(variables)
             self._saved_state.after_build()
+
+    def _starts_later(self) -> bool:
+        """Returns whether this is in a sequence whose first updates another makes."""
+        parent = getattr(self, "_self_parent", None)
+        if parent is None:
+            return False
+        return parent.children[0] is not self or parent._starts_later()
 
     # --- apply ---------------------------------------------------------------
     #

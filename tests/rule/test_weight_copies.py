@@ -504,6 +504,49 @@ def test_stale_variables_are_warned_of_once(make_child, received):
     )
 
 
+# Only the sequence that holds it looks at it, and there it is the first child.
+@pytest.mark.parametrize("levels", [1, 2])
+def test_first_child_of_an_inner_sequence_is_warned_of(levels):
+    def inside(child, name="inner"):
+        return SequentialOptimizer([child, optimizers.RMSprop()], [9], name=name)
+
+    inner = inside(Norm(0.1)) if levels == 1 else inside(inside(Norm(0.1)), "outer")
+    with pytest.warns(UserWarning, match=r"1 of its variables .* \['norm'\]") as warned:
+        SequentialOptimizer([optimizers.Adam(), inner], [2]).build(make_variables())
+    assert len(warned) == 1
+    SequentialOptimizer([inside(Norm(0.1)), optimizers.Adam()], [2]).build(
+        make_variables()
+    )
+
+
+# Under this strategy, a first trace creates variables without values, as without one.
+def test_copies_of_weights_that_a_graph_creates_under_one_device():
+    strategy = tf.distribute.OneDeviceStrategy("CPU:0")
+    with strategy.scope():
+        model = keras.Sequential([keras.layers.Dense(1, kernel_initializer="ones")])
+        optimizer = SequentialOptimizer([optimizers.SGD(0.5), Lookahead(0.5)], [1])
+
+    def train_step(x):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(model(x))
+        weights = model.trainable_variables
+        optimizer.apply(tape.gradient(loss, weights), weights)
+
+    step = tf.function(lambda x: strategy.run(train_step, (x,)), autograph=False)
+    for expected in [0.5, 0.125]:
+        step(tf.ones((1, 1)))
+        np.testing.assert_array_equal(model.get_weights()[0], [[expected]])
+
+
+# Looking whether they are the same everywhere compared no value with rows of three.
+def test_child_without_config_and_a_weight_without_elements():
+    weights = [tf.Variable(tf.zeros((0, 3))), tf.Variable([1.0, 2.0])]
+    first = optimizers.SGD(lambda: 0.5, momentum=0.9)
+    optimizer = SequentialOptimizer([first, optimizers.Adam()], [2])
+    optimizer.apply([tf.zeros((0, 3)), tf.ones(2)], weights)
+    np.testing.assert_array_equal(weights[1], [0.5, 1.5])
+
+
 def test_child_without_config_whose_variables_are_constant():
     class Momentum(optimizers.SGD):
         def __init__(self, rate):
