@@ -9,8 +9,10 @@ from pathlib import Path
 # Less noise on the screen; must be set before TensorFlow is imported.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import keras
 import pytest
+
+# Keras is imported by the fixtures that need it: pytest-xdist reads this file before it
+# starts its workers, which would wait for that.
 
 MODES = ("eager", "graph", "xla")
 SLOW = Path(__file__).parent / "slow"
@@ -18,6 +20,15 @@ SLOW = Path(__file__).parent / "slow"
 COMBINATIONS = 3
 # Compiling takes most of the time: the quick tests use mode "xla" in these only.
 COMPILED = ("test_training.py", "test_reference.py", "test_phase_starts.py")
+# Besides what is in the folder `slow`.
+LONGEST = (
+    "test_continuing.py",
+    "test_keras.py",
+    "test_known_answers.py",
+    "test_parent_settings.py",
+    "test_saving.py",
+    "test_training.py",
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -43,7 +54,11 @@ def pytest_collection_modifyitems(items):
             combinations[item.function] += 1
     # First what takes longest, so that no worker is left with it at the end.
     items.sort(
-        key=lambda item: (SLOW in item.path.parents, item.path.parent == SLOW),
+        key=lambda item: (
+            SLOW in item.path.parents,
+            item.path.parent == SLOW,
+            item.path.name in LONGEST,
+        ),
         reverse=True,  # which leaves tests with the same key in their order
     )
 
@@ -57,6 +72,8 @@ def mode(request):
 @pytest.fixture
 def policy(request):
     """Sets the dtype policy for a test."""
+    import keras
+
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(request.param)
     yield request.param
@@ -66,6 +83,8 @@ def policy(request):
 @pytest.fixture(autouse=True)
 def _same_start():
     """Starts every test from the same seeds and the same automatic names."""
+    import keras
+
     # Collecting garbage takes half a second.
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(0)
