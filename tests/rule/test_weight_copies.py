@@ -524,7 +524,8 @@ def test_copies_of_weights_that_a_graph_creates_under_one_device():
     strategy = tf.distribute.OneDeviceStrategy("CPU:0")
     with strategy.scope():
         model = keras.Sequential([keras.layers.Dense(1, kernel_initializer="ones")])
-        optimizer = SequentialOptimizer([optimizers.SGD(0.5), Lookahead(0.5)], [1])
+        children = [optimizers.SGD(0.5, name="sgd"), Lookahead(0.5)]
+        optimizer = SequentialOptimizer(children, [1])
 
     def train_step(x):
         with tf.GradientTape() as tape:
