@@ -88,8 +88,8 @@ def ask(question: Any, settings: Any, quick: bool, results: Path) -> None:
         head["earlier_sittings"] = sittings_of(earlier)
         for measured in question.measure_in_sittings(settings, earlier):
             result = {**head, **measured}
-            if {**earlier, **measured} == earlier:  # nothing was left to measure
-                result = earlier
+            if {**earlier, **measured} == earlier:
+                result = earlier  # Nothing was left to measure: names no new sitting.
             write(question, result, results)
     else:
         result = {**head, **question.measure(settings)}

@@ -10,7 +10,7 @@ The docstring of a question begins with the question. It has
     headline(result)    answers the question in one sentence
     draw(result)        makes a matplotlib `Figure`
 
-A question that takes hours has, in place of `measure`,
+A question that is asked in parts has, in place of `measure`,
 
     measure_in_sittings(settings, earlier)
 
